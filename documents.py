@@ -1,0 +1,295 @@
+"""Files and data sets -> documents, streamed; every unusable record is counted with its reason.
+
+What `DataConfig.data` may name:
+  demo                      the demo corpus (demo_corpus.py), half of its training text corrupted
+  hf:NAME[:CONFIG[:SPLIT]]  a data set of the Hugging Face hub; its split `train` if none is given
+  a file, a glob, a folder  .jsonl/.ndjson/.json (one object a line), .parquet, .txt/.md; all but
+                            Parquet also as .gz, .bz2 or .zst
+
+A text file is one document; one of more than 8,000 characters becomes several, cut at paragraphs
+or lines. Every other record is one document, whatever its length.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+import demo_corpus
+
+SPLITS = ("train", "outer", "validation")
+TEXT_FILE_CHARS = 8_000  # a longer text file becomes several documents
+
+
+class DataError(ValueError):
+  """Bad input, in one line: what is wrong and how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  text: str
+  source: str
+  id: str
+  noise: float = math.nan  # fraction of corrupted characters; nan: unknown. Only for reports.
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  data: tuple[str, ...] = ("demo",)
+  text_field: str = "text"  # a dotted name reaches into a record: meta.pile_set_name
+  source_field: str = "source"  # where a record lacks it: the name of its file
+  noise_field: str = "noise"  # a known corruption level in [0, 1]
+  tokenizer: str = "bytes"  # or a path of a tokenizer.json, or a name on the hub
+  sequence_length: int = 256
+  packing: str = "pack"  # or "document": one piece of one document a sequence, padded
+  outer_fraction: float = 0.1
+  validation_fraction: float = 0.05
+  seed: int = 0  # of the splits (and of the demo's corruption), not of the order
+  max_documents: int | None = None  # the first ones, in the order of `data`
+  max_bad_fraction: float = 0.1  # of the records may be unusable before we stop
+
+  def __post_init__(self):
+    def check(condition: bool, message: str) -> None:
+      if not condition:
+        raise DataError(message)
+
+    outer, validation = self.outer_fraction, self.validation_fraction
+    check(not isinstance(self.data, str) and len(self.data) > 0, "data: give at least one name")
+    check(self.sequence_length >= 2, f"sequence_length is {self.sequence_length}: give 2 or more")
+    check(self.packing in ("pack", "document"), f"packing is {self.packing!r}: pack or document")
+    check(
+      min(outer, validation) >= 0 and outer + validation < 1,
+      f"outer_fraction {outer} and validation_fraction {validation} must leave some for training",
+    )
+    check(
+      self.max_documents is None or self.max_documents > 0,
+      f"max_documents is {self.max_documents}: give 1 or more, or leave it out",
+    )
+
+
+@dataclasses.dataclass
+class Report:
+  """What was read, and what was not."""
+
+  records: int = 0
+  skipped: dict[str, int] = dataclasses.field(default_factory=collections.Counter)  # by reason
+  ignored_noise: int = 0  # noise fields that hold no number in [0, 1]
+  documents: dict[str, dict[str, int]] = dataclasses.field(  # split -> source -> documents
+    default_factory=lambda: {split: collections.Counter() for split in SPLITS}
+  )
+  tokens: dict[str, int] = dataclasses.field(default_factory=collections.Counter)  # by split
+  sequences: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
+  dropped_tokens: int = 0  # in remainders shorter than MIN_REMAINDER
+
+
+def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
+  """The documents of `config.data`, streamed; unusable records are counted in `report`."""
+  report = Report() if report is None else report
+  documents, fields = 0, ()
+  for item in find_inputs(config.data):
+    for number, record in enumerate(_records(item, config)):
+      report.records += 1
+      document = _document(record, item, number, config, report)
+      if isinstance(document, str):
+        report.skipped[document] = report.skipped.get(document, 0) + 1
+      else:
+        documents += 1
+        yield document
+      fields = fields or (tuple(record) if isinstance(record, dict) else ())
+      if report.records == 1000:
+        _check_quality(config, report, fields)
+      if documents == config.max_documents:
+        return
+  _check_quality(config, report, fields)
+  if not documents:
+    raise DataError(f"{', '.join(config.data)} holds no documents: the files are empty")
+
+
+def split_of(text: str, config: DataConfig) -> tuple[str, int]:
+  """The split of a text (the same for texts equal up to white space), and 64 more hash bits."""
+  key = config.seed.to_bytes(8, "little", signed=True)
+  plain = " ".join(text.split()).encode("utf-8", "replace")
+  digest = hashlib.blake2b(plain, key=key, digest_size=16).digest()
+  place = int.from_bytes(digest[:8], "little") / 2**64
+  if place < config.validation_fraction:
+    split = "validation"
+  elif place < config.validation_fraction + config.outer_fraction:
+    split = "outer"
+  else:
+    split = "train"
+  return split, int.from_bytes(digest[8:], "little")
+
+
+class _Input(NamedTuple):
+  kind: str  # json, text, parquet or hub
+  path: str
+  name: str  # the source of records that name none
+  stamp: tuple[int, int]  # size and time of a file
+
+
+_KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json"}
+_KINDS |= {".parquet": "parquet", ".txt": "text", ".md": "text"}
+_COMPRESSED = (".gz", ".bz2", ".zst")
+
+
+def find_inputs(data: tuple[str, ...]) -> list[_Input]:
+  """The files and data sets that the names of `data` stand for."""
+  inputs = []
+  for name in data:
+    if name.startswith("hf:"):
+      inputs.append(_Input("hub", name, name.split(":")[1].rpartition("/")[2], (0, 0)))
+      continue
+    path = demo_corpus.build() if name == "demo" else Path(name).expanduser()
+    if path.is_dir():
+      found = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p)]
+      found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
+      advice = f"the folder {name} has no file of a known kind ({', '.join(_KINDS)})"
+    elif path.exists():
+      found, advice = [path], ""
+    elif glob.has_magic(name):
+      found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+      found = [p for p in found if p.is_file()]
+      advice = f"no file matches {name}: check the pattern (quote it from the shell)"
+    else:
+      found, advice = [], f"{name} does not exist: give a file, glob, folder, hf:NAME, or demo"
+    if not found:
+      raise DataError(advice)
+    for file in found:
+      if not (kind := _kind(file)):
+        raise DataError(f"{file} is of an unknown kind: known are {', '.join(_KINDS)}, *.gz, *.zst")
+      stat = file.stat()
+      stem = file.name.partition(".")[0] or file.name
+      inputs.append(_Input(kind, str(file), stem, (stat.st_size, stat.st_mtime_ns)))
+  return list(dict.fromkeys(inputs))
+
+
+def _kind(path: Path) -> str | None:
+  suffixes = path.suffixes[:-1] if path.suffix in _COMPRESSED else path.suffixes
+  return _KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _records(item: _Input, config: DataConfig) -> Iterator[dict | str]:
+  """The records of one input; a string says why a record is unusable."""
+  try:
+    if item.kind == "hub":
+      yield from _hub_records(item.path)
+    elif item.kind == "parquet":
+      for part in pa.parquet.ParquetFile(item.path).iter_batches(batch_size=256):
+        yield from part.to_pylist()
+    else:
+      with pa.input_stream(item.path, compression="detect") as stream:
+        file = io.BufferedReader(stream, 1 << 20)
+        yield from _json_records(file) if item.kind == "json" else _text_records(file, config)
+  except (OSError, pa.ArrowException) as error:
+    raise DataError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
+
+
+def _json_records(file: io.BufferedReader) -> Iterator[dict | str]:
+  for number, line in enumerate(file):
+    line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line.decode("utf-8"))
+      yield record if isinstance(record, dict) else "not a JSON object"
+    except UnicodeDecodeError:
+      yield "invalid UTF-8"
+    except (ValueError, RecursionError):
+      yield "broken JSON"
+
+
+def _text_records(file: io.BufferedReader, config: DataConfig) -> Iterator[dict | str]:
+  reader = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+  rest, more = "", True
+  while more:
+    block = reader.read(TEXT_FILE_CHARS)
+    rest, more = rest + block, bool(block)
+    while len(rest) > TEXT_FILE_CHARS or (rest and not more):
+      cuts = [rest.rfind(mark, 1, TEXT_FILE_CHARS) for mark in ("\n\n", "\n", " ")]
+      cut = next((cut for cut in cuts if cut > 0), TEXT_FILE_CHARS)
+      cut = cut if len(rest) > TEXT_FILE_CHARS else len(rest)
+      part, rest = rest[:cut], rest[cut:]
+      escaped = re.search("[\udc80-\udcff]", part)  # what the decoder made of invalid bytes
+      if part.strip():
+        yield "invalid UTF-8" if escaped else {config.text_field: part}
+
+
+def _hub_records(name: str) -> Iterator[dict]:
+  import datasets
+
+  _, path, config, split, *more = [*name.split(":"), "", ""]
+  if more[2:] or not path or path.startswith("/"):
+    raise DataError(f"{name} is not of the form hf:NAME[:CONFIG[:SPLIT]]")
+  try:
+    yield from datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+  except Exception as error:  # many kinds: no network, no such name, gated, a bad file
+    raise DataError(
+      f"{name} cannot be read ({one_line(error)}): check the name, the network, and whether it "
+      "needs a login or a configuration (hf:NAME:CONFIG:SPLIT)"
+    ) from None
+
+
+def _document(
+  record: dict | str, item: _Input, number: int, config: DataConfig, report: Report
+) -> Document | str:
+  """The document of a record, or why there is none."""
+  if isinstance(record, str):
+    return record
+  text = _field(record, config.text_field)
+  if text is None:
+    return f"without a value in {config.text_field!r}"
+  if not isinstance(text, str):
+    return f"{config.text_field!r} is not text but {type(text).__name__}"
+  if not text.strip():
+    return "empty text"
+  source, noise = _field(record, config.source_field), _field(record, config.noise_field)
+  if noise is not None:
+    usable = isinstance(noise, int | float) and 0 <= noise <= 1
+    report.ignored_noise += not usable
+    noise = float(noise) if usable else None
+  return Document(
+    text=text,
+    source=source if isinstance(source, str) and source.strip() else item.name,
+    id=str(record.get("id") or f"{item.name}:{number}"),
+    noise=math.nan if noise is None else noise,
+  )
+
+
+def _field(record: dict, name: str) -> Any:
+  if name in record or "." not in name:
+    return record.get(name)
+  for part in name.split("."):
+    record = record.get(part) if isinstance(record, dict) else None
+  return record
+
+
+def _check_quality(config: DataConfig, report: Report, fields: tuple[str, ...]) -> None:
+  missing = report.skipped.get(f"without a value in {config.text_field!r}", 0)
+  if report.records and missing == report.records:
+    raise DataError(
+      f"no record has a text in {config.text_field!r}: set text_field to one of the fields there "
+      f"({', '.join(fields)})"
+    )
+  bad = sum(report.skipped.values())
+  if bad > config.max_bad_fraction * report.records:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+    raise DataError(
+      f"{bad} of {report.records} records are unusable ({reasons}): mend the files, or raise "
+      f"max_bad_fraction (now {config.max_bad_fraction}) to skip them"
+    )
+
+
+def one_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -1,0 +1,166 @@
+"""The differentiable inner loop: T optimiser updates, with MixFlow-MG meta-gradients.
+
+  theta_{t+1}, s_{t+1} = Theta(theta_t, s_t, g_t),    g_t = d loss(theta_t, meta_t, batch_t) / d theta
+
+Nothing here knows of language models or raters: any loss, any optax optimiser, any pytree `meta`.
+
+Reverse mode through g_t would store the activations of a backward pass. MixFlow-MG (arXiv 2505.00793)
+uses that the Hessian is symmetric: for a cotangent u of g_t, one forward-mode derivative along u
+
+  d/d eps (d loss / d theta, d loss / d meta)(theta + eps u)   =   (H u,  u^T d^2 loss / d theta d meta)
+
+gives both cotangents. Reverse mode is left for the element-wise optimiser only, and each step saves
+its inputs and g_t, nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.ad_checkpoint import checkpoint_name
+
+LossFn = Callable[[Any, Any, Any], tuple[jax.Array, Any]]  # (params, meta, batch) -> (loss, aux)
+
+MODES = ("mixed", "mixed_save", "reverse", "first_order")
+
+
+class InnerState(NamedTuple):
+  params: Any  # theta
+  opt_state: Any  # s
+
+
+def init(optimizer: optax.GradientTransformation, params: Any) -> InnerState:
+  return InnerState(params, optimizer.init(params))
+
+
+def unroll(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  state: InnerState,
+  metas: Any,
+  batches: Any,
+  mode: str = "mixed",
+) -> tuple[InnerState, Any]:
+  """T inner updates (UpdateInnerModel of the DataRater's Algorithm 1); returns (state, aux).
+
+  Args:
+    loss_fn: (params, meta, batch) -> (scalar, aux). Whatever is to be differentiated must be an
+      argument, not a closure.
+    state: theta_0 and the optimiser state.
+    metas: pytree with a leading axis T, one slice a step (None: no meta-input).
+    batches: pytree with a leading axis T.
+    mode: how the gradient of the result is formed; the result itself is the same.
+      "mixed": MixFlow-MG, recomputing each step's forward pass.
+      "mixed_save": MixFlow-MG that keeps the linearised gradients of the forward pass: fewer FLOPs,
+        more memory (all T steps' activations).
+      "reverse": plain autodiff, the yardstick.
+      "first_order": ablation, drops H u: theta_t counts as a constant of the later gradients.
+
+  Gradients reach `state` and the floating leaves of `metas`. `batches` are constants, and `aux`
+  (of every step, leading axis T) carries no gradient: in every mode.
+  """
+  return _unroll(_gradient(loss_fn, mode), optimizer, state, metas, batches, mode)
+
+
+def unroll_window(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  state: InnerState,
+  metas: Any,
+  batches: Any,
+  mode: str = "mixed",
+) -> tuple[InnerState, Any]:
+  """`unroll` for a truncated window: `state` is a constant, gradients reach `metas` alone.
+
+  The first step then needs no Hessian-vector product, only the cotangent of its meta-input: one
+  forward derivative of d loss / d meta, about a third of the cost.
+  """
+  state = jax.lax.stop_gradient(state)
+  if mode == "reverse":  # autodiff finds by itself that nothing before theta_0 is asked for
+    return unroll(loss_fn, optimizer, state, metas, batches, mode)
+  first, rest = (jax.tree.map(lambda x, s=s: x[s], (metas, batches)) for s in (0, slice(1, None)))
+  state, aux_0 = _step(_gradient(loss_fn, "first_order"), optimizer, state, *first)
+  if not len(jax.tree.leaves(batches)[0]) > 1:
+    return state, jax.tree.map(lambda x: x[None], aux_0)
+  state, aux = _unroll(_gradient(loss_fn, mode), optimizer, state, *rest, mode)
+  return state, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), aux_0, aux)
+
+
+def _unroll(gradient, optimizer, state, metas, batches, mode):
+  def step(state, x):
+    return _step(gradient, optimizer, state, *x)
+
+  if mode in ("mixed", "first_order"):  # save g_t and the step's inputs, recompute the optimiser
+    policy = jax.checkpoint_policies.save_only_these_names("inner_grads")
+    step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+  return jax.lax.scan(step, state, (metas, batches))
+
+
+def _step(gradient, optimizer, state, meta, batch):
+  grads, aux = gradient(state.params, meta, jax.lax.stop_gradient(batch))
+  grads = checkpoint_name(grads, "inner_grads")
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return InnerState(params, opt_state), jax.lax.stop_gradient(aux)
+
+
+def _gradient(loss_fn: LossFn, mode: str):
+  """(params, meta, batch) -> (d loss / d params, aux), with the derivative rule of `mode`."""
+  if mode not in MODES:
+    raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+
+  def plain(params, meta, batch):
+    return jax.grad(loss_fn, has_aux=True)(params, meta, batch)
+
+  if mode == "reverse":
+    return plain
+
+  def both_grads(params, meta, batch):
+    """(d loss / d params, d loss / d meta), the latter for the floating leaves of meta only."""
+    floating, restore = _split_floating(meta)
+    loss = lambda params, floating: loss_fn(params, restore(floating), batch)
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, floating)
+
+  def forward(params, meta, batch):
+    if mode != "mixed_save":
+      return plain(params, meta, batch), (params, meta, batch)
+    (grads, _), derivative, aux = jax.linearize(
+      lambda params: both_grads(params, meta, batch), params, has_aux=True
+    )
+    return (grads, aux), (derivative, meta)
+
+  def backward(residuals, cotangents):
+    u, _ = cotangents  # aux carries none
+    if mode == "mixed_save":
+      derivative, meta = residuals
+      hessian_u, meta_cotangent = derivative(u)
+    else:
+      params, meta, batch = residuals
+      select = (lambda both: both[1]) if mode == "first_order" else (lambda both: both)
+      _, derivative = jax.jvp(lambda p: select(both_grads(p, meta, batch)[0]), (params,), (u,))
+      hessian_u, meta_cotangent = (
+        (jax.tree.map(jnp.zeros_like, params), derivative) if mode == "first_order" else derivative
+      )
+    _, restore = _split_floating(meta)
+    return hessian_u, restore(meta_cotangent, fill=None), None
+
+  rule = jax.custom_vjp(plain)
+  rule.defvjp(forward, backward)
+  return rule
+
+
+def _split_floating(tree):
+  """The floating leaves as a list, and a function that puts a list in their places."""
+  leaves, treedef = jax.tree.flatten(tree)
+  where = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+  def restore(floating, **fill):
+    merged = [fill["fill"]] * len(leaves) if fill else list(leaves)
+    for i, x in zip(where, floating, strict=True):
+      merged[i] = x
+    return jax.tree.unflatten(treedef, merged)
+
+  return [leaves[i] for i in where], restore

@@ -1,0 +1,111 @@
+"""The score-weighted language-model loss, fused with its unembedding, differentiable to second order.
+
+  loss = sum_n weights[n] * nll[n],    nll = logsumexp(hidden @ unembedding.T) - logit of the target
+
+`score_weighted_loss` is the one public function; the backends behind it agree:
+  reference  dense float32, a few lines: the definition, for tests
+  xla        chunks of tokens in a scan, no [N, V] array at any order of differentiation
+
+A gradient forms dhidden and dunembedding in its forward pass (the weights are known there): three
+matmuls, nothing recomputed. That pass is itself differentiable in forward mode, so
+`jax.jvp(jax.grad(loss))`, MixFlow-MG's Hessian-vector product, stays in chunks too.
+
+Axes: N tokens, D model width, V vocabulary.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from kernels import reference, xla
+
+BACKENDS = {"reference": reference, "xla": xla}
+
+
+def score_weighted_loss(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (sum_n weights[n] * nll[n], nll): float32 [] and [N].
+
+  Args:
+    hidden: [N, D] float32 or bfloat16; the model's last hidden states.
+    unembedding: [V, D]; cast to hidden's dtype, products are accumulated in float32.
+    targets: [N] int32 in [0, V).
+    weights: [N]; 0 for a masked token (its nll is still computed).
+    backend: a name in BACKENDS; None takes `xla`.
+
+  Differentiable with respect to hidden, unembedding and weights, through either output. Reading
+  gradients off `nll` costs a second pass, off the loss alone it does not.
+
+  Raises:
+    ValueError: for shapes or dtypes that do not fit, or an unknown backend.
+  """
+  name = backend or "xla"
+  if name not in BACKENDS:
+    raise ValueError(f"unknown loss backend {name!r}; choose one of {', '.join(BACKENDS)}")
+  _check(hidden, unembedding, targets, weights)
+  weights = weights.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+  return _loss(name, hidden, unembedding, targets, weights)
+
+
+def _check(hidden, unembedding, targets, weights):
+  shapes = (
+    f"hidden {hidden.dtype}{list(hidden.shape)}, unembedding {unembedding.dtype}"
+    f"{list(unembedding.shape)}, targets {targets.dtype}{list(targets.shape)}, "
+    f"weights {weights.dtype}{list(weights.shape)}"
+  )
+  if hidden.ndim != 2 or unembedding.ndim != 2 or hidden.shape[1] != unembedding.shape[1]:
+    raise ValueError(f"hidden must be [N, D] and unembedding [V, D]: {shapes}")
+  if targets.shape != hidden.shape[:1] or weights.shape != hidden.shape[:1]:
+    raise ValueError(f"targets and weights must be [N], N = hidden.shape[0]: {shapes}")
+  if not jnp.issubdtype(targets.dtype, jnp.integer):
+    raise ValueError(f"targets must be integers: {shapes}")
+  if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (hidden, unembedding, weights)):
+    raise ValueError(f"hidden, unembedding and weights must be floating: {shapes}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(backend, hidden, unembedding, targets, weights):
+  nll = BACKENDS[backend].token_nll(hidden, unembedding, targets)
+  return jnp.sum(weights * nll), nll
+
+
+def _loss_fwd(backend, hidden, unembedding, targets, weights):
+  perturbed = hidden.perturbed or unembedding.perturbed
+  hidden, unembedding, targets, weights = (
+    x.value for x in (hidden, unembedding, targets, weights)
+  )
+  if not perturbed:  # only d loss / d weights = nll is asked for: no gradient matmuls
+    nll = BACKENDS[backend].token_nll(hidden, unembedding, targets)
+    return (jnp.sum(weights * nll), nll), (None, None, nll, None)
+  nll, d_hidden, d_unembedding = BACKENDS[backend].nll_and_grads(
+    hidden, unembedding, targets, weights
+  )
+  inputs = (hidden, unembedding, targets)
+  return (jnp.sum(weights * nll), nll), (d_hidden, d_unembedding, nll, inputs)
+
+
+def _loss_bwd(backend, residuals, cotangents):
+  d_hidden, d_unembedding, nll, inputs = residuals
+  ct_loss, ct_nll = cotangents
+  if isinstance(ct_loss, SymbolicZero):
+    ct_loss = jnp.zeros((), nll.dtype)
+  ct_weights = ct_loss * nll
+  if inputs is None:
+    return None, None, None, ct_weights
+  ct_hidden = ct_loss.astype(d_hidden.dtype) * d_hidden
+  ct_unembedding = ct_loss.astype(d_unembedding.dtype) * d_unembedding
+  if not isinstance(ct_nll, SymbolicZero):  # nll was used on its own: a pass weighted by its cotangent
+    _, more_hidden, more_unembedding = BACKENDS[backend].nll_and_grads(*inputs, ct_nll)
+    ct_hidden, ct_unembedding = ct_hidden + more_hidden, ct_unembedding + more_unembedding
+  return ct_hidden, ct_unembedding, None, ct_weights
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)

@@ -1,0 +1,251 @@
+"""A Chinchilla-style transformer in Haiku: RMSNorm before each sublayer, RoPE, GELU MLP, tied embeddings.
+
+Causal, it is the inner language model theta; not causal, it is the body of the DataRater. Sequences
+are packed: `segments` numbers the documents of a sequence from 1 (0 = padding), attention never
+leaves a document and positions restart in each.
+
+Axes: B sequences, S tokens, D model width, H heads, K head width, Q queries of one block, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from kernels import score_weighted_loss
+
+
+class Batch(NamedTuple):
+  """Packed sequences; leading axes are free."""
+
+  tokens: chex.Array  # int32 [..., S]
+  segments: chex.Array  # int32 [..., S]: 0 = padding, documents of a sequence count from 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  vocab_size: int
+  d_model: int
+  n_layers: int
+  n_heads: int
+  head_dim: int
+  d_ff: int
+  dtype: str = "float32"  # of activations and matmul inputs; parameters and reductions are float32
+  remat: bool = False  # keep only each block's input for the backward pass
+  scan_layers: bool = False  # one compiled block for all layers; unrolled is faster if shallow
+  query_block: int = 512  # attention scores are formed for this many queries at a time
+
+
+# The shapes of Chinchilla's table A9; its counts are met with 32,000 tied embeddings (a test holds
+# that), 1B by 944M. `tiny` to `small` are for CPUs.
+PRESETS = {
+  name: dict(d_model=d, n_layers=layers, n_heads=heads, head_dim=k, d_ff=4 * d)
+  for name, (d, layers, heads, k) in {
+    "tiny": (64, 2, 2, 32),
+    "mini": (128, 2, 4, 32),
+    "small": (256, 4, 4, 64),
+    "50m": (576, 9, 9, 64),
+    "150m": (768, 18, 12, 64),
+    "400m": (1280, 18, 10, 128),
+    "1b": (1792, 23, 14, 128),
+  }.items()
+}
+
+
+def preset(name: str, vocab_size: int, **overrides) -> TransformerConfig:
+  """The named shape; from 50m on with scanned, rematerialised blocks, as an accelerator wants it."""
+  if name not in PRESETS:
+    raise ValueError(f"unknown model preset {name!r}; choose one of {', '.join(PRESETS)}")
+  deep = PRESETS[name]["n_layers"] > 4
+  defaults = PRESETS[name] | dict(remat=deep, scan_layers=deep)
+  return TransformerConfig(vocab_size=vocab_size, **(defaults | overrides))
+
+
+class Transformer(hk.Module):
+  """(tokens, segments) [B, S] -> (hidden [B, S, D] in config.dtype, unembedding [V, D] float32)."""
+
+  def __init__(self, config: TransformerConfig, causal: bool, name: str = "transformer"):
+    super().__init__(name=name)
+    self.config, self.causal = config, causal
+
+  def __call__(self, tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    c = self.config
+    chex.assert_equal_shape([tokens, segments])
+    chex.assert_rank(tokens, 2)
+    embedding_VD = hk.get_parameter(
+      "embedding",
+      [c.vocab_size, c.d_model],
+      init=hk.initializers.RandomNormal(c.d_model**-0.5),
+    )
+    # Unit-scale inputs from embeddings that also give unit-scale logits.
+    x_BSD = (embedding_VD[tokens] * math.sqrt(c.d_model)).astype(c.dtype)
+    angles_BSK = rope_angles(restarting_positions(segments), c.head_dim)
+
+    def block(x_BSD):
+      return Block(c, self.causal, name="block")(x_BSD, segments, angles_BSK)
+
+    block = hk.remat(block) if c.remat else block
+    if c.scan_layers:
+      x_BSD = hk.layer_stack(c.n_layers)(block)(x_BSD)
+    else:
+      for _ in range(c.n_layers):
+        x_BSD = block(x_BSD)
+    return rms_norm(x_BSD, "final_norm"), embedding_VD
+
+
+class Block(hk.Module):
+  """x + attention(norm(x)), then x + MLP(norm(x)); both read and write [B, S, D]."""
+
+  def __init__(self, config: TransformerConfig, causal: bool, name: str):
+    super().__init__(name=name)
+    self.config, self.causal = config, causal
+
+  def __call__(self, x_BSD, segments_BS, angles_BSK):
+    c = self.config
+    shrink = (2 * c.n_layers) ** -0.5  # the residual stream keeps unit scale at any depth
+    qkv = linear(rms_norm(x_BSD, "attention_norm"), 3 * c.n_heads * c.head_dim, "qkv")
+    q, k, v = jnp.moveaxis(qkv.reshape(*x_BSD.shape[:2], 3, c.n_heads, c.head_dim), 2, 0)
+    q, k = apply_rope(q, angles_BSK), apply_rope(k, angles_BSK)
+    mixed_BSHK = attention(q, k, v, segments_BS, causal=self.causal, query_block=c.query_block)
+    mixed = mixed_BSHK.reshape(*x_BSD.shape[:2], c.n_heads * c.head_dim)
+    x_BSD = x_BSD + linear(mixed, c.d_model, "attention_out", shrink)
+    h = jax.nn.gelu(linear(rms_norm(x_BSD, "mlp_norm"), c.d_ff, "mlp_in"))
+    return x_BSD + linear(h, c.d_model, "mlp_out", shrink)
+
+
+def attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, query_block: int):
+  """softmax(q k^T / sqrt(K)) v within each document: [B, S, H, K].
+
+  Queries are taken a block at a time, each rematerialised, so no [B, H, S, S] array exists at any
+  order of differentiation; a causal block reads only the keys up to its last query.
+  """
+  S = q_BSHK.shape[1]
+  scale = q_BSHK.shape[-1] ** -0.5
+
+  def attend(q, k, v, q_segments, k_segments, first_query):
+    scores_BHQS = jnp.einsum("bqhk,bshk->bhqs", q * scale, k, preferred_element_type=_wide(q))
+    visible_BQS = q_segments[:, :, None] == k_segments[:, None, :]
+    if causal:
+      query = first_query + jnp.arange(q.shape[1])
+      visible_BQS &= query[:, None] >= jnp.arange(k.shape[1])[None, :]
+    scores_BHQS = jnp.where(visible_BQS[:, None], scores_BHQS, -1e30)
+    weights = jax.nn.softmax(scores_BHQS, -1).astype(v.dtype)
+    return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+  if S <= query_block:
+    return attend(q_BSHK, k_BSHK, v_BSHK, segments_BS, segments_BS, 0)
+  attend = jax.checkpoint(attend, static_argnums=(5,))
+  blocks = []
+  for start in range(0, S, query_block):
+    stop = min(start + query_block, S)
+    keys = slice(0, stop if causal else S)
+    blocks.append(
+      attend(
+        q_BSHK[:, start:stop],
+        k_BSHK[:, keys],
+        v_BSHK[:, keys],
+        segments_BS[:, start:stop],
+        segments_BS[:, keys],
+        start,
+      )
+    )
+  return jnp.concatenate(blocks, axis=1)
+
+
+def linear(x, output_size: int, name: str, init_scale: float = 1.0):
+  """x @ w, w [input, output] ~ N(0, init_scale^2 / input).
+
+  Activations are flattened to [tokens, input] first: the transpose of a 3-D product lowers to a dot
+  that is half as fast on CPUs.
+  """
+  init = hk.initializers.RandomNormal(init_scale * x.shape[-1] ** -0.5)
+  w = hk.get_parameter(name, [x.shape[-1], output_size], init=init)
+  return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], output_size)
+
+
+def rms_norm(x, name: str):
+  scale = hk.get_parameter(name, [x.shape[-1]], init=jnp.ones)
+  wide = x.astype(_wide(x))
+  normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + 1e-6)
+  return (normed * scale).astype(x.dtype)
+
+
+def restarting_positions(segments_BS: jax.Array) -> jax.Array:
+  """Position of each token within its document: [[1, 1, 2, 2, 2]] -> [[0, 1, 0, 1, 2]]."""
+  index = jnp.arange(segments_BS.shape[-1])
+  starts = jnp.pad(segments_BS[..., 1:] != segments_BS[..., :-1], [(0, 0), (1, 0)])
+  return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=segments_BS.ndim - 1)
+
+
+def rope_angles(positions_BS: jax.Array, head_dim: int) -> jax.Array:
+  """Rotation angles [B, S, K / 2] of rotary position embeddings (base 10,000)."""
+  frequencies = 10_000.0 ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  return positions_BS[..., None] * frequencies
+
+
+def apply_rope(x_BSHK, angles_BSK):
+  """Rotates the pairs (x[i], x[i + K / 2]) by their position's angle."""
+  cos, sin = jnp.cos(angles_BSK)[:, :, None], jnp.sin(angles_BSK)[:, :, None]
+  a, b = jnp.split(x_BSHK.astype(_wide(x_BSHK)), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x_BSHK.dtype)
+
+
+def _wide(x):
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+class LanguageModel(NamedTuple):
+  """The inner model theta as two pure functions."""
+
+  init: Callable[[chex.PRNGKey], Any]  # key -> params
+  loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]
+
+
+def language_model(config: TransformerConfig, loss_backend: str | None = None) -> LanguageModel:
+  """A causal transformer with the weighted next-token loss
+
+    loss(params, weights_B, batch) = sum_i weights_B[i] * l_i, and the l_i [B] beside it,
+
+  where l_i is the mean over sequence i of -log P(next token of the same document | those before),
+  0 for a sequence with nothing to predict. Weights that sum to 1 give the paper's weighted gradient,
+  weights of 1 / B the plain mean. The l_i are for reading: no gradient flows out of them.
+  """
+  forward = hk.without_apply_rng(
+    hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
+  )
+
+  def init(key):
+    return forward.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2)
+
+  def loss(params, weights_B, batch):
+    hidden_BSD, unembedding_VD = forward.apply(params, *batch)
+    targets_BS, counted_BS = next_token_targets(batch)
+    counts_B = jnp.maximum(counted_BS.sum(-1), 1)
+    token_weights_BS = counted_BS * (weights_B / counts_B)[:, None]
+    total, nll_N = score_weighted_loss(
+      hidden_BSD.reshape(-1, config.d_model),
+      unembedding_VD,
+      targets_BS.reshape(-1),
+      token_weights_BS.reshape(-1),
+      backend=loss_backend,
+    )
+    nll_BS = jax.lax.stop_gradient(nll_N).reshape(counted_BS.shape)
+    return total, jnp.sum(nll_BS * counted_BS, -1) / counts_B
+
+  return LanguageModel(init, loss)
+
+
+def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """(targets, counted) [B, S]: counted is False where the next token is of another document or none."""
+  targets_BS = jnp.roll(batch.tokens, -1, axis=-1)
+  counted_BS = (batch.segments == jnp.roll(batch.segments, -1, axis=-1)) & (batch.segments > 0)
+  return targets_BS, counted_BS.at[..., -1].set(False)
+
+
+def parameter_count(params: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(params))
