@@ -41,17 +41,11 @@ from documents import (  # the reading side: `data.DataConfig` and so on are the
   read_documents,
   split_of,
 )
-
-Array = Any  # a NumPy or JAX array
+from transformer import Batch
 
 MIN_REMAINDER = 16  # tokens; a shorter rest of a longer document is dropped
 DEMO_NOISE_LEVELS = np.arange(1, 9) / 10
 FORMAT = 1  # of the cache; raise it when anything that is written changes
-
-
-class Batch(NamedTuple):
-  tokens: Array  # [..., S] int32
-  segments: Array  # [..., S] int32; 0: padding; the documents of a sequence count from 1
 
 
 class Split(NamedTuple):

@@ -47,7 +47,7 @@ def rater(config: TransformerConfig) -> Rater:
 
 
 def batch_weights(scores: jax.Array) -> jax.Array:
-  """sigma_B(phi(x)) = exp(phi(x)) / sum_{x' in B} exp(phi(x')) over the last axis, [..., B] -> same.
+  """sigma_B(phi(x)) = exp(phi(x)) / sum_{x' in B} exp(phi(x')) over the last axis of [..., B].
 
   B is the whole batch of an inner update, wherever its shards are."""
   return jax.nn.softmax(scores, axis=-1)
@@ -125,7 +125,7 @@ def acceptance_probability(
 
 
 def _log1p_minus(x):
-  """log(1 + x) - x without cancellation, x > -1: by the series of 2 atanh(x / (2 + x)) for small x."""
+  """log(1 + x) - x, x > -1, without cancellation: 2 atanh(x / (2 + x)) as a series if x is small."""
   r = jnp.where(jnp.abs(x) < 0.5, x, 0) / (2 + jnp.where(jnp.abs(x) < 0.5, x, 0))
   r2 = r * r
   series = jnp.polyval(jnp.array([1 / (2 * k + 1) for k in range(14, 0, -1)] + [0.0], x.dtype), r2)

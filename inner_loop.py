@@ -1,13 +1,14 @@
 """The differentiable inner loop: T optimiser updates, with MixFlow-MG meta-gradients.
 
-  theta_{t+1}, s_{t+1} = Theta(theta_t, s_t, g_t),    g_t = d loss(theta_t, meta_t, batch_t) / d theta
+  theta_{t+1}, s_{t+1} = Theta(theta_t, s_t, g_t),   g_t = d loss(theta_t, meta_t, batch_t) / d theta
 
 Nothing here knows of language models or raters: any loss, any optax optimiser, any pytree `meta`.
 
-Reverse mode through g_t would store the activations of a backward pass. MixFlow-MG (arXiv 2505.00793)
-uses that the Hessian is symmetric: for a cotangent u of g_t, one forward-mode derivative along u
+Reverse mode through g_t would store the activations of a backward pass. MixFlow-MG (arXiv
+2505.00793) uses that the Hessian is symmetric: for a cotangent u of g_t, one forward-mode
+derivative along u
 
-  d/d eps (d loss / d theta, d loss / d meta)(theta + eps u)   =   (H u,  u^T d^2 loss / d theta d meta)
+  d/d eps (d loss / d theta, d loss / d meta)(theta + eps u)  =  (H u, u^T d^2 loss / d theta d meta)
 
 gives both cotangents. Reverse mode is left for the element-wise optimiser only, and each step saves
 its inputs and g_t, nothing else.
@@ -16,7 +17,6 @@ its inputs and g_t, nothing else.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -121,7 +121,10 @@ def _gradient(loss_fn: LossFn, mode: str):
   def both_grads(params, meta, batch):
     """(d loss / d params, d loss / d meta), the latter for the floating leaves of meta only."""
     floating, restore = _split_floating(meta)
-    loss = lambda params, floating: loss_fn(params, restore(floating), batch)
+
+    def loss(params, floating):
+      return loss_fn(params, restore(floating), batch)
+
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, floating)
 
   def forward(params, meta, batch):

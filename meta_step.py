@@ -1,7 +1,7 @@
 """Algorithm 1 of the DataRater paper: one meta-step, and several in one compiled call.
 
   for each inner model i, one after the other:
-    theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)       T inner updates: `inner_loop.unroll_window`
+    theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)       T updates: inner_loop.unroll_window
     B_k ~ D_test                                             the member's own outer batch
     g^i = d L(B_k; theta^i_{k+1}(eta_k)) / d eta             `meta_gradient`
     etabar^i = H(eta_k, g^i)                                 the member's own meta-Adam
@@ -36,7 +36,9 @@ class Problem(NamedTuple):
   metas: Callable[[Any, Any], tuple[Any, dict]]  # (eta, batches [T]) -> (metas [T], diagnostics)
   inner_loss: inner_loop.LossFn  # (theta, meta, batch) -> (scalar, aux)
   outer_loss: Callable[[Any, Any], jax.Array]  # (theta, outer batch) -> scalar
-  probe: Callable[[Any, Any], jax.Array]  # (eta, probe batch) -> scores [P], watched for convergence
+  probe: Callable[
+    [Any, Any], jax.Array
+  ]  # (eta, probe batch) -> scores [P], watched for convergence
 
 
 def datarater_problem(model: LanguageModel, rater: Rater, one_pass: bool = True) -> Problem:
@@ -197,7 +199,9 @@ def meta_step(
       ),
       lambda: inner,
     )
-    age, until_reset = jnp.where(reset, jnp.array([0, config.lifetime]), jnp.array([age, until_reset]))
+    age, until_reset = jnp.where(
+      reset, jnp.array([0, config.lifetime]), jnp.array([age, until_reset])
+    )
     new = (inner, meta_opt, age, until_reset, skipped + ~finite)
     carry = jax.tree.map(lambda a, b: a.at[i].set(b), carry, new)
     return carry, (updates, finite, metrics)

@@ -1,10 +1,11 @@
-"""A Chinchilla-style transformer in Haiku: RMSNorm before each sublayer, RoPE, GELU MLP, tied embeddings.
+"""A Chinchilla-style transformer in Haiku: pre-RMSNorm, RoPE, GELU MLP, tied embeddings.
 
 Causal, it is the inner language model theta; not causal, it is the body of the DataRater. Sequences
 are packed: `segments` numbers the documents of a sequence from 1 (0 = padding), attention never
 leaves a document and positions restart in each.
 
-Axes: B sequences, S tokens, D model width, H heads, K head width, Q queries of one block, V vocabulary.
+Axes: B sequences, S tokens, D model width, H heads, K head width, Q queries of one block,
+V vocabulary.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels import score_weighted_loss
 
@@ -38,7 +40,7 @@ class TransformerConfig:
   dtype: str = "float32"  # of activations and matmul inputs; parameters and reductions are float32
   remat: bool = False  # keep only each block's input for the backward pass
   scan_layers: bool = False  # one compiled block for all layers; unrolled is faster if shallow
-  query_block: int = 512  # attention scores are formed for this many queries at a time
+  query_block: int = 256  # attention scores are formed for this many queries at a time
 
 
 # The shapes of Chinchilla's table A9; its counts are met with 32,000 tied embeddings (a test holds
@@ -58,7 +60,7 @@ PRESETS = {
 
 
 def preset(name: str, vocab_size: int, **overrides) -> TransformerConfig:
-  """The named shape; from 50m on with scanned, rematerialised blocks, as an accelerator wants it."""
+  """The named shape; from 50m on with scanned, rematerialised blocks, for accelerators."""
   if name not in PRESETS:
     raise ValueError(f"unknown model preset {name!r}; choose one of {', '.join(PRESETS)}")
   deep = PRESETS[name]["n_layers"] > 4
@@ -84,10 +86,10 @@ class Transformer(hk.Module):
     )
     # Unit-scale inputs from embeddings that also give unit-scale logits.
     x_BSD = (embedding_VD[tokens] * math.sqrt(c.d_model)).astype(c.dtype)
-    angles_BSK = rope_angles(restarting_positions(segments), c.head_dim)
+    rotation = rope_table(restarting_positions(segments), c.head_dim, _wide(x_BSD))
 
     def block(x_BSD):
-      return Block(c, self.causal, name="block")(x_BSD, segments, angles_BSK)
+      return Block(c, self.causal, name="block")(x_BSD, segments, rotation)
 
     block = hk.remat(block) if c.remat else block
     if c.scan_layers:
@@ -105,12 +107,12 @@ class Block(hk.Module):
     super().__init__(name=name)
     self.config, self.causal = config, causal
 
-  def __call__(self, x_BSD, segments_BS, angles_BSK):
+  def __call__(self, x_BSD, segments_BS, rotation):
     c = self.config
     shrink = (2 * c.n_layers) ** -0.5  # the residual stream keeps unit scale at any depth
     qkv = linear(rms_norm(x_BSD, "attention_norm"), 3 * c.n_heads * c.head_dim, "qkv")
     q, k, v = jnp.moveaxis(qkv.reshape(*x_BSD.shape[:2], 3, c.n_heads, c.head_dim), 2, 0)
-    q, k = apply_rope(q, angles_BSK), apply_rope(k, angles_BSK)
+    q, k = apply_rope(q, rotation), apply_rope(k, rotation)
     mixed_BSHK = attention(q, k, v, segments_BS, causal=self.causal, query_block=c.query_block)
     mixed = mixed_BSHK.reshape(*x_BSD.shape[:2], c.n_heads * c.head_dim)
     x_BSD = x_BSD + linear(mixed, c.d_model, "attention_out", shrink)
@@ -182,15 +184,19 @@ def restarting_positions(segments_BS: jax.Array) -> jax.Array:
   return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=segments_BS.ndim - 1)
 
 
-def rope_angles(positions_BS: jax.Array, head_dim: int) -> jax.Array:
-  """Rotation angles [B, S, K / 2] of rotary position embeddings (base 10,000)."""
-  frequencies = 10_000.0 ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  return positions_BS[..., None] * frequencies
+def rope_table(positions_BS: jax.Array, head_dim: int, dtype) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin) [B, S, K / 2] of rotary position embeddings, base 10,000.
+
+  Looked up in constants: formed from the positions, XLA would form them again in each layer and head.
+  """
+  S = positions_BS.shape[-1]
+  angles = np.arange(S)[:, None] * 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+  return tuple(jnp.asarray(t, dtype)[positions_BS] for t in (np.cos(angles), np.sin(angles)))
 
 
-def apply_rope(x_BSHK, angles_BSK):
+def apply_rope(x_BSHK, rotation):
   """Rotates the pairs (x[i], x[i + K / 2]) by their position's angle."""
-  cos, sin = jnp.cos(angles_BSK)[:, :, None], jnp.sin(angles_BSK)[:, :, None]
+  cos, sin = (t[:, :, None] for t in rotation)
   a, b = jnp.split(x_BSHK.astype(_wide(x_BSHK)), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x_BSHK.dtype)
 
@@ -212,8 +218,8 @@ def language_model(config: TransformerConfig, loss_backend: str | None = None) -
     loss(params, weights_B, batch) = sum_i weights_B[i] * l_i, and the l_i [B] beside it,
 
   where l_i is the mean over sequence i of -log P(next token of the same document | those before),
-  0 for a sequence with nothing to predict. Weights that sum to 1 give the paper's weighted gradient,
-  weights of 1 / B the plain mean. The l_i are for reading: no gradient flows out of them.
+  0 for a sequence with nothing to predict. Weights that sum to 1 give the paper's weighted
+  gradient, weights of 1 / B the plain mean. The l_i are for reading: no gradient flows out of them.
   """
   forward = hk.without_apply_rng(
     hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
@@ -241,7 +247,7 @@ def language_model(config: TransformerConfig, loss_backend: str | None = None) -
 
 
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """(targets, counted) [B, S]: counted is False where the next token is of another document or none."""
+  """(targets, counted) [B, S]: counted is False where no next token of the same document is."""
   targets_BS = jnp.roll(batch.tokens, -1, axis=-1)
   counted_BS = (batch.segments == jnp.roll(batch.segments, -1, axis=-1)) & (batch.segments > 0)
   return targets_BS, counted_BS.at[..., -1].set(False)

@@ -1,6 +1,6 @@
 """Time and compiled size of one DataRater meta-step on whatever device runs it.
 
-  python benchmarks/meta_step.py                       # T 2 and 8, every mode, in a minute or two on 2 cores
+  python benchmarks/meta_step.py                       # T 2 and 8, every mode
   python benchmarks/meta_step.py --T=2 --mode=mixed --repeats=9
 
 Prints a line per configuration: minimum and median seconds, compiled temporary memory. Only quote
@@ -59,24 +59,24 @@ def main(_):
     for mode in FLAGS.mode:
       meta_config = meta_step.MetaConfig(n_models=FLAGS.members, lifetime=10**6, mode=mode)
       tokens = jax.random.randint(
-        key, (1, FLAGS.members, T + 1, FLAGS.batch, FLAGS.seq), 0, FLAGS.vocab
+        key, (FLAGS.members, T + 1, FLAGS.batch, FLAGS.seq), 0, FLAGS.vocab
       )
       batches = transformer.Batch(tokens, tokens * 0 + 1)
-      inner_batches = jax.tree.map(lambda x, T=T: x[:, :, :T], batches)
-      outer_batches = jax.tree.map(lambda x, T=T: x[:, :, T], batches)
-      probe = jax.tree.map(lambda x: x[0, 0, 0], batches)
+      inner_batches = jax.tree.map(lambda x, T=T: x[:, :T], batches)
+      outer_batches = jax.tree.map(lambda x, T=T: x[:, T], batches)
+      probe = jax.tree.map(lambda x: x[0, 0], batches)
       state = jax.jit(
         lambda key, eta, c=meta_config, probe=probe: meta_step.init(
           key, eta, problem, inner, meta, c, probe
         )
       )(key, rater.init(key))
       step = jax.jit(
-        lambda state, *data, c=meta_config: meta_step.meta_steps(
+        lambda state, *data, c=meta_config: meta_step.meta_step(
           state, *data, problem=problem, inner_optimizer=inner, meta_optimizer=meta, config=c
         ),
         donate_argnums=0,
       )
-      data = (inner_batches, outer_batches, probe)
+      data = (inner_batches, outer_batches)
       step = step.lower(state, *data).compile()
       seconds = []
       for _ in range(FLAGS.repeats + 1):

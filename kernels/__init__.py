@@ -79,9 +79,7 @@ def _loss(backend, hidden, unembedding, targets, weights):
 
 def _loss_fwd(backend, hidden, unembedding, targets, weights):
   perturbed = hidden.perturbed or unembedding.perturbed
-  hidden, unembedding, targets, weights = (
-    x.value for x in (hidden, unembedding, targets, weights)
-  )
+  hidden, unembedding, targets, weights = (x.value for x in (hidden, unembedding, targets, weights))
   if not perturbed:  # only d loss / d weights = nll is asked for: no gradient matmuls
     nll = BACKENDS[backend].token_nll(hidden, unembedding, targets)
     return (jnp.sum(weights * nll), nll), (None, None, nll, None)
@@ -102,7 +100,9 @@ def _loss_bwd(backend, residuals, cotangents):
     return None, None, None, ct_weights
   ct_hidden = ct_loss.astype(d_hidden.dtype) * d_hidden
   ct_unembedding = ct_loss.astype(d_unembedding.dtype) * d_unembedding
-  if not isinstance(ct_nll, SymbolicZero):  # nll was used on its own: a pass weighted by its cotangent
+  if not isinstance(
+    ct_nll, SymbolicZero
+  ):  # nll was used on its own: a pass weighted by its cotangent
     _, more_hidden, more_unembedding = BACKENDS[backend].nll_and_grads(*inputs, ct_nll)
     ct_hidden, ct_unembedding = ct_hidden + more_hidden, ct_unembedding + more_unembedding
   return ct_hidden, ct_unembedding, None, ct_weights

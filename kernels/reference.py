@@ -19,7 +19,5 @@ def nll_and_grads(hidden, unembedding, targets, weights):
     nll = token_nll(hidden, unembedding, targets)
     return jnp.sum(weights * nll), nll
 
-  (d_hidden, d_unembedding), nll = jax.grad(loss, argnums=(0, 1), has_aux=True)(
-    hidden, unembedding
-  )
+  (d_hidden, d_unembedding), nll = jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, unembedding)
   return nll, d_hidden, d_unembedding

@@ -1,0 +1,444 @@
+"""inner_loop.py: closed form, finite differences, plain reverse mode, memory and FLOPs.
+
+Axes: T steps, B examples, D inputs, K outputs or classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import inner_loop
+import transformer
+
+T, B, D, K = 3, 4, 3, 2
+EXACT_MODES = ("mixed", "mixed_save", "reverse")
+
+
+def _normal(seed, *shape):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def _mlp_params():
+  return {"in": _normal(0, D, 5), "bias": _normal(1, 5), "out": _normal(2, 5, K)}
+
+
+def _mlp(params, x):
+  return jnp.tanh(x @ params["in"] + params["bias"]) @ params["out"]
+
+
+def _weighted_regression():
+  def loss(params, weights_B, batch):
+    x, y = batch
+    errors_B = jnp.sum(jnp.square(_mlp(params, x) - y), -1)
+    return jnp.sum(jax.nn.softmax(weights_B) * errors_B), errors_B
+
+  return loss, _mlp_params(), _normal(3, T, B), (_normal(4, T, B, D), _normal(5, T, B, K))
+
+
+def _hyperparameters():
+  """The meta-inputs scale the loss (a learning rate, under SGD) and a penalty."""
+
+  def loss(params, meta, batch):
+    x, y = batch
+    penalty = sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(params))
+    error = jnp.mean(jnp.square(_mlp(params, x) - y))
+    return jnp.exp(meta["log_rate"]) * (error + jnp.exp(meta["log_l2"]) * penalty), error
+
+  metas = {"log_rate": _normal(3, T), "log_l2": _normal(4, T)}
+  return loss, _mlp_params(), metas, (_normal(5, T, B, D), _normal(6, T, B, K))
+
+
+def _soft_labels():
+  def loss(params, labels_BK, x_BD):
+    log_probs_BK = jax.nn.log_softmax(_mlp(params, x_BD))
+    return -jnp.mean(jnp.sum(jax.nn.softmax(labels_BK) * log_probs_BK, -1)), log_probs_BK
+
+  return loss, _mlp_params(), _normal(3, T, B, K), _normal(4, T, B, D)
+
+
+def _no_meta():
+  def loss(params, meta, batch):
+    assert meta is None
+    x, y = batch
+    return jnp.mean(jnp.square(_mlp(params, x) - y)), None
+
+  return loss, _mlp_params(), None, (_normal(3, T, B, D), _normal(4, T, B, K))
+
+
+def _integer_leaves():
+  """A meta pytree with labels (integers) and a mask (booleans) among its floating leaves."""
+
+  def loss(params, meta, x_BD):
+    log_probs_BK = jax.nn.log_softmax(_mlp(params, x_BD) / jnp.exp(meta["temperature"]))
+    nll_B = -jnp.take_along_axis(log_probs_BK, meta["label"][:, None], 1)[:, 0]
+    return jnp.sum(meta["pair"][0] * nll_B, where=meta["pair"][1]), nll_B
+
+  metas = {
+    "label": jnp.arange(T * B).reshape(T, B) % K,
+    "pair": (_normal(3, T, B), jnp.arange(T * B).reshape(T, B) % 3 > 0),
+    "temperature": _normal(4, T),
+  }
+  return loss, _mlp_params(), metas, _normal(5, T, B, D)
+
+
+def _third_order():
+  """Mixed third derivatives, parameters in a nest of tuples, a scalar among them."""
+
+  def loss(params, meta, x_D):
+    scale, (a, b) = params
+    value = jax.nn.logsumexp(jnp.sin(a * x_D) * jnp.exp(scale * meta)) + jnp.sum(a**4) / 8
+    return value + jnp.log1p(jnp.sum(jnp.square(a * b - meta))), value
+
+  return loss, (_normal(0), (_normal(1, D), _normal(2, D))), _normal(3, T), _normal(4, T, D)
+
+
+def _language_model():
+  config = transformer.TransformerConfig(7, 4, 1, 1, 4, 6, dtype="float64")
+  model = transformer.language_model(config)
+  params = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(7, size=(T, B, 6)), jnp.int32)
+  segments = jnp.broadcast_to(jnp.array([1, 1, 1, 2, 2, 0], jnp.int32), tokens.shape)
+
+  def loss(params, weights_B, batch):
+    return model.loss(params, weights_B, batch)
+
+  return loss, params, jax.nn.softmax(_normal(1, T, B)), transformer.Batch(tokens, segments)
+
+
+PROBLEMS = [
+  _weighted_regression,
+  _hyperparameters,
+  _soft_labels,
+  _no_meta,
+  _integer_leaves,
+  _third_order,
+  _language_model,
+]
+
+
+def _scheduled():
+  schedule = optax.cosine_decay_schedule(0.05, 8)
+  adamw = optax.adamw(schedule, eps=0.0, eps_root=1e-12, weight_decay=0.1)
+  return optax.chain(optax.clip_by_global_norm(0.5), adamw)
+
+
+OPTIMIZERS = {
+  "sgd": lambda: optax.sgd(0.05),
+  "momentum": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
+  "adam": lambda: optax.adam(0.05),
+  "eps_root": lambda: optax.adam(0.05, b2=0.99, eps=0.0, eps_root=1e-12),
+  "scheduled_adamw": _scheduled,
+}
+
+
+def _warm_state(problem, optimizer):
+  """A state with history in its moments: the second moment of a fresh Adam has an edge at 0."""
+  loss, params, metas, batches = problem
+  state = inner_loop.init(optimizer, params)
+  return jax.jit(lambda s: inner_loop.unroll(loss, optimizer, s, metas, batches)[0])(state)
+
+
+def _floating(tree):
+  return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def _end_value(state):
+  """A scalar that depends on every floating leaf of the last state, curved in each."""
+  flat = jnp.concatenate([x.ravel() for x in _floating(state)])
+  return jnp.sum(jnp.sin(flat + 0.3 * jnp.arange(flat.size)))
+
+
+def _objective(problem, optimizer, mode, unroll=inner_loop.unroll):
+  loss, _, _, batches = problem
+
+  def objective(state, metas):
+    return _end_value(unroll(loss, optimizer, state, metas, batches, mode=mode)[0])
+
+  return objective
+
+
+def _gradients(objective, state, metas):
+  """Of the floating leaves of (state, metas), as a list."""
+  grads = jax.jit(jax.grad(objective, (0, 1), allow_int=True))(state, metas)
+  return [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
+
+
+CASES = [(problem, "eps_root") for problem in PROBLEMS]
+CASES += [(_weighted_regression, name) for name in OPTIMIZERS if name != "eps_root"]
+CASES += [(_hyperparameters, "sgd"), (_third_order, "scheduled_adamw")]
+
+
+@pytest.mark.parametrize("problem, optimizer", CASES)
+def test_gradients_of_state_and_metas_are_those_of_reverse_mode_and_of_differences(
+  x64, problem, optimizer
+):
+  problem, optimizer = problem(), OPTIMIZERS[optimizer]()
+  state, metas = _warm_state(problem, optimizer), problem[2]
+  grads = {
+    mode: _gradients(_objective(problem, optimizer, mode), state, metas) for mode in EXACT_MODES
+  }
+  assert_close(grads["mixed"], grads["reverse"], 1e-10)
+  assert_close(grads["mixed_save"], grads["reverse"], 1e-10)
+
+  # Each leaf moves by a random share of itself: second moments stay positive.
+  value = jax.jit(_objective(problem, optimizer, "mixed"))
+  leaves, structure = jax.tree.flatten((state, metas))
+  rng = np.random.default_rng(7)
+  directions = [
+    jnp.asarray(rng.normal(size=x.shape)) * x if jnp.issubdtype(x.dtype, jnp.inexact) else None
+    for x in leaves
+  ]
+
+  def moved(h):
+    pairs = zip(leaves, directions, strict=True)
+    return value(*structure.unflatten([x if d is None else x + h * d for x, d in pairs]))
+
+  h = 1e-5
+  difference = (moved(h) - moved(-h)) / (2 * h)
+  directions = [d for d in directions if d is not None]
+  slope = sum(jnp.vdot(g, d) for g, d in zip(grads["mixed"], directions, strict=True))
+  size = sum(jnp.sum(jnp.abs(g * d)) for g, d in zip(grads["mixed"], directions, strict=True))
+  assert abs(difference - slope) <= 1e-6 * size
+
+
+@pytest.mark.parametrize("mode", EXACT_MODES)
+def test_quadratic_loss_under_sgd_has_its_closed_form_meta_gradient(x64, mode):
+  rate, rng = 0.3, np.random.default_rng(0)
+  start, goal = rng.normal(size=(2, D))
+  weights, x = rng.uniform(size=(T, B)), rng.normal(size=(T, B, D))
+
+  def loss(theta, w, x):
+    return 0.5 * jnp.sum(w[:, None] * jnp.square(theta - x)), None
+
+  def outer(weights):
+    optimizer = optax.sgd(rate)
+    state = inner_loop.init(optimizer, jnp.asarray(start))
+    state, _ = inner_loop.unroll(loss, optimizer, state, weights, jnp.asarray(x), mode=mode)
+    return 0.5 * jnp.sum(jnp.square(state.params - goal))
+
+  theta = [start]
+  for t in range(T):
+    theta.append(theta[-1] - rate * (weights[t].sum() * theta[-1] - weights[t] @ x[t]))
+  expected = np.empty((T, B))
+  for t in range(T):
+    later = np.prod(1 - rate * weights[t + 1 :].sum(-1))  # d theta_T / d theta_{t+1}
+    expected[t] = -rate * later * (theta[t] - x[t]) @ (theta[T] - goal)
+  assert_close(jax.grad(outer)(jnp.asarray(weights)), expected, 1e-13)
+
+
+def _random_loss(params, meta, c):
+  """A loss of which the random coefficients c are data: compiled once, drawn many times."""
+  a, b = params
+  mixed = jnp.sin(a @ c[0]) + jnp.tanh(b @ c[1] * meta["u"]) + (a * b) @ c[2]
+  value = jnp.sum(mixed * meta["v"]) + jnp.sum(jnp.exp(0.1 * a)) + jnp.sum(mixed**3) / 6
+  return value / 4, value
+
+
+@pytest.fixture(scope="module")
+def random_loss_gradients():
+  optimizer = optax.sgd(0.05, momentum=0.9)
+
+  def gradients(mode):
+    def objective(params, metas, batches):
+      state = inner_loop.init(optimizer, params)
+      return _end_value(inner_loop.unroll(_random_loss, optimizer, state, metas, batches, mode)[0])
+
+    return jax.jit(jax.grad(objective, (0, 1)))
+
+  return {mode: gradients(mode) for mode in EXACT_MODES}
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.1, 1.0))
+def test_random_losses_have_the_gradients_of_reverse_mode(random_loss_gradients, seed, scale):
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(seed)
+    a, b = scale * rng.normal(size=(2, 3))
+    metas = {"u": rng.normal(size=(T, 3)), "v": rng.normal(size=(T, 3))}
+    batches = rng.normal(size=(T, 3, 3, 3))
+    grads = {m: f((a, b), metas, batches) for m, f in random_loss_gradients.items()}
+  assert_close(grads["mixed"], grads["reverse"], 1e-10)
+  assert_close(grads["mixed_save"], grads["reverse"], 1e-10)
+
+
+@pytest.mark.parametrize("mode", inner_loop.MODES)
+def test_unroll_is_a_loop_of_optax_updates(x64, mode):
+  loss, params, metas, batches = _weighted_regression()
+  optimizer = _scheduled()
+  opt_state, losses = optimizer.init(params), []
+  for t in range(T):
+    at_t = jax.tree.map(lambda x, t=t: x[t], batches)
+    grads, aux = jax.grad(loss, has_aux=True)(params, metas[t], at_t)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    losses.append(aux)
+  start = inner_loop.init(optimizer, _mlp_params())
+  for unroll in inner_loop.unroll, inner_loop.unroll_window:
+    end, aux = unroll(loss, optimizer, start, metas, batches, mode=mode)
+    assert_close(end, inner_loop.InnerState(params, opt_state), 1e-13)
+    assert_close(aux, jnp.stack(losses), 1e-13)
+
+
+@pytest.mark.parametrize("mode", EXACT_MODES)
+def test_adam_that_never_saw_a_gradient_is_differentiable(x64, mode):
+  """Rows of an embedding that no token used: v = 0, and d sqrt(v) / d v is infinite there."""
+
+  def loss(params, weights_B, tokens_B):
+    x_BD = params["embedding"][tokens_B]
+    return jnp.sum(weights_B * jnp.sum(jnp.tanh(x_BD @ params["out"]), -1)), None
+
+  params = {"embedding": _normal(0, 9, D), "out": _normal(1, D, K)}
+  tokens = jnp.array([[0, 1, 2, 2], [0, 3, 3, 0], [1, 1, 0, 2]])  # rows 4 to 8: never
+  problem = (loss, params, jax.nn.softmax(_normal(2, T, B)), tokens)
+  optimizer = OPTIMIZERS["eps_root"]()
+  state = inner_loop.init(optimizer, params)
+
+  def gradients(mode):
+    unroll = _objective(problem, optimizer, mode)
+    objective = lambda params, metas: unroll(state._replace(params=params), metas)
+    return jax.jit(jax.grad(objective, (0, 1)))(params, problem[2])
+
+  grads = gradients(mode)
+  assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+  assert_close(grads, gradients("reverse"), 1e-10)
+
+
+@pytest.mark.parametrize("mode", inner_loop.MODES)
+@pytest.mark.parametrize("unroll", [inner_loop.unroll, inner_loop.unroll_window])
+def test_aux_and_batches_carry_no_gradient(unroll, mode):
+  loss, params, metas, batches = _weighted_regression()
+  optimizer = OPTIMIZERS["eps_root"]()
+
+  def of_aux(params, metas):
+    state = inner_loop.init(optimizer, params)
+    return jnp.sum(jnp.sin(unroll(loss, optimizer, state, metas, batches, mode=mode)[1]))
+
+  def of_batches(batches):
+    state = inner_loop.init(optimizer, params)
+    return _end_value(unroll(loss, optimizer, state, metas, batches, mode=mode)[0])
+
+  assert of_aux(params, metas) != 0 and of_batches(batches) != 0
+  grads = jax.jit(jax.grad(of_aux, (0, 1)))(params, metas), jax.jit(jax.grad(of_batches))(batches)
+  assert all(not g.any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("mode", inner_loop.MODES)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_window_is_an_unroll_from_a_constant_state(x64, steps, mode):
+  loss, params, metas, batches = _integer_leaves()
+  metas, batches = jax.tree.map(lambda x: x[:steps], (metas, batches))
+  problem, optimizer = (loss, params, metas, batches), _scheduled()
+  state = _warm_state(problem, optimizer)
+  window = _gradients(_objective(problem, optimizer, mode, inner_loop.unroll_window), state, metas)
+  whole = _gradients(_objective(problem, optimizer, mode), state, metas)
+  of_metas = len(_floating(metas))
+  assert_close(window[-of_metas:], whole[-of_metas:], 1e-10)
+  assert all(not g.any() for g in window[:-of_metas])
+
+
+def test_first_order_is_reverse_mode_with_a_constant_theta_in_the_gradients(x64):
+  problem, optimizer = _weighted_regression(), OPTIMIZERS["eps_root"]()
+  loss, _, metas, batches = problem
+  state = _warm_state(problem, optimizer)
+
+  def by_hand(state, metas):
+    params, opt_state = state
+    for t in range(T):
+      frozen = jax.lax.stop_gradient(params)
+      grads, _ = jax.grad(loss, has_aux=True)(frozen, metas[t], tuple(x[t] for x in batches))
+      updates, opt_state = optimizer.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+    return _end_value((params, opt_state))
+
+  first_order = _gradients(_objective(problem, optimizer, "first_order"), state, metas)
+  assert_close(first_order, _gradients(by_hand, state, metas), 1e-10)
+  exact = _gradients(_objective(problem, optimizer, "mixed"), state, metas)
+  assert np.abs(first_order[-1] - exact[-1]).max() > 1e-3 * np.abs(exact[-1]).max()
+
+
+@pytest.mark.parametrize("unroll", [inner_loop.unroll, inner_loop.unroll_window])
+@pytest.mark.parametrize("mode", inner_loop.MODES)
+def test_composes_with_jit_vmap_checkpoint_and_scan(x64, unroll, mode):
+  loss, params, metas, batches = _weighted_regression()
+  optimizer = optax.sgd(0.05, momentum=0.9)
+  members = 2
+  params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params)
+  metas = jnp.stack([metas, -metas])
+
+  def objective(params, metas):
+    state = inner_loop.init(optimizer, params)
+    return _end_value(unroll(loss, optimizer, state, metas, batches, mode=mode)[0])
+
+  grad = jax.grad(objective, (0, 1))
+  at = lambda i: jax.tree.map(lambda x: x[i], (params, metas))
+  expected = jax.tree.map(lambda *x: jnp.stack(x), *[grad(*at(i)) for i in range(members)])
+  remat = jax.grad(jax.checkpoint(objective), (0, 1))
+  assert_close(jax.jit(jax.vmap(grad))(params, metas), expected, 1e-12)
+  assert_close(jax.jit(jax.vmap(remat))(params, metas), expected, 1e-12)
+  in_scan = jax.jit(lambda xs: jax.lax.scan(lambda c, x: (c, grad(*x)), 0, xs)[1])
+  assert_close(in_scan((params, metas)), expected, 1e-12)
+
+  def through_scan(params, metas):
+    return jax.lax.scan(lambda c, x: (c + objective(*x), None), 0.0, (params, metas))[0]
+
+  assert_close(jax.jit(jax.grad(through_scan, (0, 1)))(params, metas), expected, 1e-12)
+
+
+def _deep_mlp(steps, width, batch, depth=6):
+  def loss(params, weights_B, x_BD):
+    y = x_BD
+    for w in params:
+      y = jnp.tanh(y @ w)
+    return jnp.sum(weights_B * jnp.sum(jnp.square(y), -1)), None
+
+  params = [_normal(i, width, width) * width**-0.5 for i in range(depth)]
+  return loss, params, jnp.full((steps, batch), 1 / batch), _normal(9, steps, batch, width)
+
+
+def _compiled(problem, mode, unroll=inner_loop.unroll):
+  optimizer = OPTIMIZERS["eps_root"]()
+  state = inner_loop.init(optimizer, problem[1])
+  grad = jax.grad(_objective(problem, optimizer, mode, unroll), 1)
+  return jax.jit(grad).lower(state, problem[2]).compile()
+
+
+def _temp_bytes(problem, mode):
+  return _compiled(problem, mode).memory_analysis().temp_size_in_bytes
+
+
+def test_mixed_mode_stores_states_and_gradients_where_reverse_mode_stores_activations():
+  width, batch, depth = 16, 512, 6
+  short, long = (_deep_mlp(steps, width, batch, depth) for steps in (4, 12))
+  growth = {m: (_temp_bytes(long, m) - _temp_bytes(short, m)) / 8 for m in EXACT_MODES}
+  parameter_bytes = 4 * depth * width**2
+  activation_bytes = 4 * depth * batch * width
+  # A step: theta, Adam's two moments, the gradient.
+  assert growth["mixed"] < 1.5 * 4 * parameter_bytes
+  assert growth["reverse"] > activation_bytes
+  assert growth["mixed_save"] > activation_bytes
+
+
+def test_first_step_of_a_window_costs_half_of_a_step_and_needs_no_hessian_vector_product():
+  problem = _deep_mlp(3, 16, 64, depth=3)
+  flops = {
+    unroll: _compiled(problem, "mixed", unroll).cost_analysis()["flops"]
+    for unroll in (inner_loop.unroll, inner_loop.unroll_window)
+  }
+  # XLA counts the body of a loop once: `unroll` shows one step, the window its first step as well.
+  first = flops[inner_loop.unroll_window] - flops[inner_loop.unroll]
+  assert 0.2 < first / flops[inner_loop.unroll] < 0.6
+
+
+@pytest.mark.parametrize("unroll", [inner_loop.unroll, inner_loop.unroll_window])
+def test_unknown_mode_is_named_with_the_known_ones(unroll):
+  loss, params, metas, batches = _weighted_regression()
+  optimizer = optax.sgd(0.1)
+  state = inner_loop.init(optimizer, params)
+  with pytest.raises(ValueError, match="'forward'.*mixed, mixed_save, reverse, first_order"):
+    unroll(loss, optimizer, state, metas, batches, mode="forward")

@@ -1,0 +1,489 @@
+"""Meta-trains a DataRater for a corpus: Algorithm 1 of the paper, from text to a rater.
+
+  python train.py --workdir=runs/demo                                   # minutes on 2 cores
+  python train.py --workdir=runs/mine --data=my.jsonl --meta_steps=300   # one's own text
+  python train.py --workdir=runs/paper --preset=paper --data=hf:allenai/c4:en
+
+Started again with the same workdir it goes on where it stopped, to the same bytes. The workdir
+gets config.json, checkpoints/, metrics.jsonl (a line per meta-step), scores/ (of the validation
+documents at some meta-steps), and at the end summary.txt, results.json and figures.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tqdm
+from absl import app, flags, logging
+
+import cpu
+import data
+import datarater
+import inner_loop
+import kernels
+import meta_step
+import report
+import transformer
+
+
+def option(default: Any, help: str):
+  return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All that determines a run's result. Every field is a flag; a preset changes some defaults."""
+
+  # Data (documents.py says what may be named).
+  data: tuple[str, ...] = option(
+    ("demo",), "files, globs, folders, hf:NAME[:CONFIG[:SPLIT]] or demo"
+  )
+  text_field: str = option("text", "field of a record that holds its text")
+  source_field: str = option("source", "field that names a record's source, for reports")
+  noise_field: str = option("noise", "field with a known noise level in [0, 1], for reports")
+  tokenizer: str = option("bytes", "bytes, or a path or hub name of a tokenizer.json")
+  sequence_length: int = option(256, "S, tokens a sequence")
+  packing: str = option("document", "pack: fill sequences; document: a piece of one document each")
+  outer_fraction: float = option(0.2, "share of the documents held out for the outer loss")
+  validation_fraction: float = option(0.1, "share of the documents held out for the report")
+  max_documents: int | None = option(None, "read so many documents at most")
+  max_bad_fraction: float = option(0.1, "share of unreadable records beyond which the run stops")
+  # Models: names in transformer.PRESETS.
+  model: str = option("tiny", "size of the inner models theta")
+  rater: str = option("tiny", "size of the rater eta")
+  dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
+  loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
+  # Algorithm 1.
+  meta_steps: int = option(200, "K, updates of the rater")
+  n_models: int = option(4, "N_models, inner models")
+  inner_steps: int = option(2, "T, inner updates a meta-step, all differentiated through")
+  inner_batch: int = option(32, "N_inner, sequences of an inner batch")
+  outer_batch: int = option(32, "N_outer, sequences of an outer batch")
+  lifetime: int = option(200, "inner updates between re-initialisations of an inner model")
+  members_per_step: int | None = option(None, "inner models drawn for a meta-step; default all")
+  mode: str = option("mixed", "of differentiation: mixed, reverse or first_order (an ablation)")
+  inner_learning_rate: float = option(3e-3, "of the inner AdamW")
+  inner_warmup: int = option(0, "inner updates of linear warm-up after each re-initialisation")
+  inner_weight_decay: float = option(0.0, "decoupled, of the inner AdamW")
+  meta_learning_rate: float = option(1e-3, "of the meta-AdamW H")
+  meta_warmup: int = option(10, "meta-steps of linear warm-up")
+  meta_weight_decay: float = option(0.1, "decoupled, of the meta-AdamW")
+  meta_clip: float = option(0.01, "global norm to which a member's meta-gradient is clipped")
+  seed: int = option(0, "of everything that is random")
+  # The run.
+  steps_per_call: int = option(10, "meta-steps in one compiled call; also the logging grain")
+  checkpoint_every: int = option(50, "meta-steps between checkpoints")
+  report_documents: int = option(1000, "validation documents scored for the report, at most")
+
+  def __post_init__(self):
+    for name in ("meta_steps", "n_models", "inner_steps", "inner_batch", "outer_batch", "lifetime"):
+      check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
+    m, n = self.members_per_step, self.n_models
+    check(m is None or 1 <= m <= n, f"--members_per_step={m} must lie in 1..--n_models={n}")
+    for name in ("meta_steps", "checkpoint_every"):
+      value, grain = getattr(self, name), self.steps_per_call
+      check(
+        grain >= 1 and value >= 1 and value % grain == 0,
+        f"--{name}={value} must be a positive multiple of --steps_per_call={grain}",
+      )
+    check(
+      self.lifetime >= self.inner_steps,
+      f"--lifetime={self.lifetime} is shorter than one window of --inner_steps={self.inner_steps}",
+    )
+    for name, choices in (
+      ("mode", inner_loop.MODES),
+      ("model", transformer.PRESETS),
+      ("rater", transformer.PRESETS),
+      ("dtype", ("float32", "bfloat16")),
+      ("loss_backend", kernels.BACKENDS),
+    ):
+      value = getattr(self, name)
+      check(value in choices, f"--{name}={value} is unknown: choose one of {', '.join(choices)}")
+
+
+PAPER = dict(
+  data=("hf:allenai/c4:en",),
+  tokenizer="google-t5/t5-base",
+  sequence_length=2048,
+  packing="pack",
+  outer_fraction=0.1,
+  validation_fraction=0.0005,
+  rater="50m",
+  dtype="bfloat16",
+  meta_steps=8000,
+  n_models=8,
+  inner_batch=128,
+  outer_batch=128,
+  lifetime=2000,
+  inner_learning_rate=1e-3,
+  inner_warmup=100,
+  inner_weight_decay=0.1,
+  meta_learning_rate=1e-4,
+  meta_warmup=100,
+  checkpoint_every=100,
+)
+PRESETS = {
+  "demo": {},
+  "50m": PAPER | dict(model="50m"),
+  "150m": PAPER | dict(model="150m"),
+  "paper": PAPER | dict(model="400m"),
+}
+
+SNAPSHOTS = (0, 10, 30, 70)  # meta-steps of the paper's Fig. 3; the last one is added
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed")
+flags.DEFINE_string("cache_dir", ".cache", "folder of the tokenised corpora")
+flags.DEFINE_enum("preset", "demo", list(PRESETS), "defaults of the flags below; demo's are shown")
+flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
+
+
+def _define_flags():
+  defines = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+  for field in dataclasses.fields(Config):
+    help = f"{field.metadata['help']} [{field.default}]"
+    if field.name == "data":
+      flags.DEFINE_list(field.name, None, help)
+    else:
+      kind = next(k for k in defines if k.__name__ in str(field.type))
+      defines[kind](field.name, None, help)
+
+
+class UserError(ValueError):
+  """A mistake of the user's: printed as one line, cause and mend."""
+
+
+def check(condition: bool, message: str):
+  if not condition:
+    raise UserError(message)
+
+
+def main(argv):
+  check(len(argv) == 1, f"unexpected argument {argv[1:]}: flags look like --name=value")
+  check(FLAGS.workdir is not None, "name a folder for the run with --workdir")
+  config = config_from_flags()
+  logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+  if FLAGS.keep_freed_memory:
+    cpu.keep_freed_memory()
+  train(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir))
+
+
+def config_from_flags() -> Config:
+  given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Config)}
+  given = {name: value for name, value in given.items() if value is not None}
+  if "data" in given:
+    given["data"] = tuple(given["data"])
+  return Config(**(PRESETS[FLAGS.preset] | given))
+
+
+def train(config: Config, workdir: Path, cache_dir: Path) -> None:
+  """Trains to config.meta_steps, from the workdir's last checkpoint if it has one, and reports."""
+  corpus = data.load_corpus(data_config(config), cache_dir)
+  open_workdir(workdir, config, corpus.fingerprint)
+  m = config.members_per_step or config.n_models
+  grain, T = config.steps_per_call, config.inner_steps
+  problem, inner_optimizer, meta_optimizer, meta_config = build(config, corpus.vocab_size)
+  rater_score = jax.jit(problem.probe)
+
+  documents = corpus.validation_documents(config.report_documents)
+  probe = next(data.batch_iterator(corpus.splits["outer"], config.seed + 2, (config.outer_batch,)))
+
+  def init_state(key):
+    eta_key, key = jax.random.split(key)
+    eta = make_rater(config, corpus.vocab_size).init(eta_key)
+    return meta_step.init(key, eta, problem, inner_optimizer, meta_optimizer, meta_config, probe)
+
+  state = jax.jit(init_state)(jax.random.PRNGKey(config.seed))
+  checkpoints = Checkpoints(workdir)
+  state = checkpoints.restore_latest(state)
+  start = int(state.step)
+  metrics_file = Metrics(workdir / "metrics.jsonl", start)
+  print(corpus.summary())
+  print(describe(config, state))
+  if start:
+    print(f"resuming after meta-step {start} of {config.meta_steps}", flush=True)
+
+  def snapshot(state, step):
+    path = workdir / "scores" / f"{step}.npy"
+    if not path.exists():
+      scores = score_documents(rater_score, state.eta, documents, corpus.tokenizer, config)
+      path.parent.mkdir(exist_ok=True)
+      report.write_atomically(path, lambda file: np.save(file, scores))
+
+  def batches(split, seed, shape):
+    return data.batch_iterator(corpus.splits[split], seed, shape, start // grain)
+
+  inner_batches = batches("train", config.seed, (grain, m, T, config.inner_batch))
+  outer_batches = batches("outer", config.seed + 1, (grain, m, config.outer_batch))
+  snapshot(state, start)
+
+  step = None
+  pending = None  # metrics are read one call late, so that the device never waits for this loop
+  stop = StopSignal()
+  began, steps_here = time.monotonic(), 0
+  bar = tqdm.tqdm(total=config.meta_steps, initial=start, unit="meta-step", smoothing=0.1)
+  for k in range(start + grain, config.meta_steps + 1, grain):
+    inputs = (state, next(inner_batches), next(outer_batches), probe)
+    if step is None:
+      bar.set_description("compiling")
+      step = compile_meta_steps(inputs, problem, inner_optimizer, meta_optimizer, meta_config)
+      bar.set_description("meta-training")
+      began = time.monotonic()
+    state, metrics = step(*inputs)
+    if pending:
+      metrics_file.write(*pending, bar)
+    pending = (k, metrics)
+    steps_here += grain
+    if k in SNAPSHOTS:
+      snapshot(state, k)
+    if k % config.checkpoint_every == 0 or k == config.meta_steps or stop.requested:
+      jax.block_until_ready(state)
+      metrics_file.write(*pending, bar)
+      pending = None
+      checkpoints.save(k, state)
+    bar.update(grain)
+    if stop.requested and k < config.meta_steps:
+      bar.close()
+      print(f"SIGTERM: checkpoint written after meta-step {k}; start again to go on", flush=True)
+      checkpoints.close()
+      return
+  jax.block_until_ready(state)
+  bar.close()
+  if steps_here:
+    seconds = time.monotonic() - began
+    print(f"meta-training: {steps_here} meta-steps in {seconds:.0f} s", flush=True)
+  checkpoints.close()
+  snapshot(state, config.meta_steps)
+  print(report.write(workdir, documents, dataclasses.asdict(config)))
+
+
+def data_config(config: Config) -> data.DataConfig:
+  names = {f.name for f in dataclasses.fields(data.DataConfig)}
+  return data.DataConfig(**{k: v for k, v in vars(config).items() if k in names})
+
+
+def make_rater(config: Config, vocab_size: int) -> datarater.Rater:
+  return datarater.rater(transformer.preset(config.rater, vocab_size, dtype=config.dtype))
+
+
+def build(config: Config, vocab_size: int):
+  """The bilevel problem, Theta, H and the population's settings, from a configuration."""
+  model_config = transformer.preset(config.model, vocab_size, dtype=config.dtype)
+  problem = meta_step.datarater_problem(
+    transformer.language_model(model_config, config.loss_backend),
+    make_rater(config, vocab_size),
+    one_pass=not model_config.remat,
+  )
+  inner_optimizer = meta_step.inner_adamw(
+    config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay
+  )
+  meta_optimizer = meta_step.paper_meta_optimizer(
+    config.meta_learning_rate, config.meta_warmup, config.meta_weight_decay, config.meta_clip
+  )
+  meta_config = meta_step.MetaConfig(
+    config.n_models, config.lifetime, config.mode, config.members_per_step
+  )
+  return problem, inner_optimizer, meta_optimizer, meta_config
+
+
+def compile_meta_steps(inputs, problem, inner_optimizer, meta_optimizer, meta_config):
+  """The one compiled program of a run: steps_per_call meta-steps, the state updated in place."""
+
+  def meta_steps(state, inner_batches, outer_batches, probe):
+    return meta_step.meta_steps(
+      state,
+      inner_batches,
+      outer_batches,
+      probe,
+      problem=problem,
+      inner_optimizer=inner_optimizer,
+      meta_optimizer=meta_optimizer,
+      config=meta_config,
+    )
+
+  return jax.jit(meta_steps, donate_argnums=0).lower(*inputs).compile()
+
+
+def describe(config: Config, state: meta_step.MetaState) -> str:
+  device = jax.devices()[0]
+  inner = transformer.parameter_count(state.inner.params) // config.n_models
+  tokens = config.inner_steps * config.inner_batch * config.sequence_length
+  return (
+    f"device {device.platform} ({device.device_kind}) x {jax.device_count()}, {config.dtype}, "
+    f"loss {config.loss_backend}, mode {config.mode}\n"
+    f"rater {config.rater}: {transformer.parameter_count(state.eta):,} parameters; inner models "
+    f"{config.n_models} x {config.model}: {inner:,} each; {tokens:,} inner tokens a member and "
+    f"meta-step"
+  )
+
+
+def score_documents(rater_score, eta, documents, tokenizer, config: Config) -> np.ndarray:
+  """phi_eta of each document [n] float32: the mean over its pieces, weighted by their tokens."""
+  total, count = np.zeros((2, len(documents)))
+  batches = data.document_batches(documents, tokenizer, config.sequence_length, 64)
+  for batch, index, tokens in batches:
+    scores = np.asarray(rater_score(eta, batch))
+    real = index >= 0
+    np.add.at(total, index[real], (scores * tokens)[real])
+    np.add.at(count, index[real], tokens[real])
+  return (total / np.maximum(count, 1)).astype(np.float32)
+
+
+def load_rater(workdir: str | os.PathLike):
+  """The rater of a finished or running workdir: a function from texts to scores [n] float32."""
+  workdir = Path(workdir)
+  check((workdir / "config.json").exists(), f"{workdir} holds no run: no config.json in it")
+  saved = json.loads((workdir / "config.json").read_text())
+  config = Config(**(saved["config"] | {"data": tuple(saved["config"]["data"])}))
+  tokenizer = data.load_tokenizer(config.tokenizer)
+  rater = make_rater(config, tokenizer.vocab_size)
+  eta = Checkpoints(workdir).restore_eta(jax.eval_shape(rater.init, jax.random.PRNGKey(0)))
+  rater_score = jax.jit(rater.score)
+
+  def score(texts: Iterable[str]) -> np.ndarray:
+    documents = [data.Document(text, "", str(i)) for i, text in enumerate(texts)]
+    return score_documents(rater_score, eta, documents, tokenizer, config)
+
+  return score
+
+
+def open_workdir(workdir: Path, config: Config, corpus_fingerprint: str) -> None:
+  """Writes config.json into a new workdir; refuses a workdir of another configuration."""
+  path = workdir / "config.json"
+  mine = json.loads(json.dumps({"config": vars(config), "corpus": corpus_fingerprint}))
+  if path.exists():
+    try:
+      saved = json.loads(path.read_text())
+      before, now = saved["config"] | {"corpus": saved["corpus"]}, mine["config"]
+    except (ValueError, KeyError, TypeError):
+      raise UserError(
+        f"{path} is not readable as a run's configuration: use another --workdir"
+      ) from None
+    now = now | {"corpus": corpus_fingerprint}
+    changed = [
+      f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in now if before.get(k) != now[k]
+    ]
+    check(
+      not changed,
+      f"{workdir} holds a run of another configuration ({'; '.join(changed)}): "
+      "use another --workdir, or the same flags and data",
+    )
+    return
+  other = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
+  check(
+    not other, f"{workdir} is neither empty nor a run ({other[0] if other else ''}): use another"
+  )
+  check(not workdir.exists() or workdir.is_dir(), f"--workdir={workdir} is a file")
+  workdir.mkdir(parents=True, exist_ok=True)
+  report.write_atomically(path, lambda f: f.write(json.dumps(mine, indent=1).encode()))
+
+
+class Checkpoints:
+  """Orbax checkpoints of the whole MetaState; each appears atomically."""
+
+  def __init__(self, workdir: Path):
+    self.folder = workdir.resolve() / "checkpoints"
+    self.manager = ocp.CheckpointManager(
+      self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    )
+
+  def save(self, step: int, state: meta_step.MetaState):
+    self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+  def restore_latest(self, state: meta_step.MetaState) -> meta_step.MetaState:
+    step = self.manager.latest_step()
+    if step is None:
+      return state
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
+    return type(state)(**self._restore(step, ocp.args.StandardRestore(template)))
+
+  def restore_eta(self, template):
+    step = self.manager.latest_step()
+    check(step is not None, f"{self.folder} holds no checkpoint yet")
+    return self._restore(step, ocp.args.PyTreeRestore({"eta": template}, partial_restore=True))[
+      "eta"
+    ]
+
+  def _restore(self, step, args):
+    try:
+      return self.manager.restore(step, args=args)
+    except Exception as error:
+      raise UserError(
+        f"the checkpoint {self.folder / str(step)} cannot be read "
+        f"({type(error).__name__}: {str(error).splitlines()[0][:120]}): "
+        "delete that folder to go on from the one before"
+      ) from error
+
+  def close(self):
+    self.manager.wait_until_finished()
+    self.manager.close()
+
+
+class Metrics:
+  """metrics.jsonl: a line per meta-step, up to the checkpoint a run resumes from."""
+
+  def __init__(self, path: Path, start: int):
+    kept = []
+    if path.exists():
+      for line in path.read_text().splitlines():
+        try:
+          kept += [line] if json.loads(line)["step"] <= start else []
+        except (ValueError, KeyError):
+          pass  # the line that a kill cut short
+    report.write_atomically(path, lambda f: f.write("".join(x + "\n" for x in kept).encode()))
+    self.file = open(path, "a")
+
+  def write(self, last_step: int, metrics: dict, bar: tqdm.tqdm):
+    metrics = dict(jax.device_get(metrics))
+    correlation = float(metrics.pop("score_autocorrelation"))
+    M = len(metrics["outer_loss"])
+    for i in range(M):
+      row = {"step": last_step - M + 1 + i} | {k: v[i].tolist() for k, v in metrics.items()}
+      if i == M - 1:
+        row["score_autocorrelation"] = correlation
+      print(json.dumps(row), file=self.file)
+    self.file.flush()
+    skipped = int(metrics["skipped"].sum())
+    bar.set_postfix_str(
+      f"outer loss {metrics['outer_loss'][-1].mean():.3f}, "
+      f"score spread {metrics['score_std'][-1].mean():.2f}, "
+      f"effective batch {metrics['effective_sample_size'][-1].mean():.1f}"
+      + (f", skipped {skipped}" if skipped else "")
+    )
+
+
+class StopSignal:
+  """True in `requested` once SIGTERM came."""
+
+  def __init__(self):
+    self.requested = False
+    signal.signal(signal.SIGTERM, self._request)
+
+  def _request(self, *_):
+    self.requested = True
+
+
+def run_main():
+  _define_flags()
+
+  def guarded(argv):
+    try:
+      main(argv)
+    except (UserError, data.DataError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(2)
+
+  app.run(guarded)
+
+
+if __name__ == "__main__":
+  run_main()
