@@ -125,7 +125,7 @@ def acceptance_probability(
 
 
 def _log1p_minus(x):
-  """log(1 + x) - x, x > -1, without cancellation: 2 atanh(x / (2 + x)) as a series if x is small."""
+  """log(1 + x) - x without cancellation: for small x, 2 atanh(x / (2 + x)) as a series."""
   r = jnp.where(jnp.abs(x) < 0.5, x, 0) / (2 + jnp.where(jnp.abs(x) < 0.5, x, 0))
   r2 = r * r
   series = jnp.polyval(jnp.array([1 / (2 * k + 1) for k in range(14, 0, -1)] + [0.0], x.dtype), r2)

@@ -1,6 +1,6 @@
 """The differentiable inner loop: T optimiser updates, with MixFlow-MG meta-gradients.
 
-  theta_{t+1}, s_{t+1} = Theta(theta_t, s_t, g_t),   g_t = d loss(theta_t, meta_t, batch_t) / d theta
+  theta_{t+1}, s_{t+1} = Theta(theta_t, s_t, g_t),  g_t = d loss(theta_t, meta_t, batch_t)/d theta
 
 Nothing here knows of language models or raters: any loss, any optax optimiser, any pytree `meta`.
 
@@ -8,7 +8,7 @@ Reverse mode through g_t would store the activations of a backward pass. MixFlow
 2505.00793) uses that the Hessian is symmetric: for a cotangent u of g_t, one forward-mode
 derivative along u
 
-  d/d eps (d loss / d theta, d loss / d meta)(theta + eps u)  =  (H u, u^T d^2 loss / d theta d meta)
+  d/d eps (d loss/d theta, d loss/d meta)(theta + eps u)  =  (H u, u^T d^2 loss/d theta d meta)
 
 gives both cotangents. Reverse mode is left for the element-wise optimiser only, and each step saves
 its inputs and g_t, nothing else.

@@ -51,7 +51,7 @@ class Config:
   source_field: str = option("source", "field that names a record's source, for reports")
   noise_field: str = option("noise", "field with a known noise level in [0, 1], for reports")
   tokenizer: str = option("bytes", "bytes, or a path or hub name of a tokenizer.json")
-  sequence_length: int = option(256, "S, tokens a sequence")
+  sequence_length: int = option(128, "S, tokens a sequence")
   packing: str = option("document", "pack: fill sequences; document: a piece of one document each")
   outer_fraction: float = option(0.2, "share of the documents held out for the outer loss")
   validation_fraction: float = option(0.1, "share of the documents held out for the report")
@@ -63,10 +63,10 @@ class Config:
   dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
   loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
   # Algorithm 1.
-  meta_steps: int = option(200, "K, updates of the rater")
+  meta_steps: int = option(80, "K, updates of the rater")
   n_models: int = option(4, "N_models, inner models")
   inner_steps: int = option(2, "T, inner updates a meta-step, all differentiated through")
-  inner_batch: int = option(32, "N_inner, sequences of an inner batch")
+  inner_batch: int = option(16, "N_inner, sequences of an inner batch")
   outer_batch: int = option(32, "N_outer, sequences of an outer batch")
   lifetime: int = option(200, "inner updates between re-initialisations of an inner model")
   members_per_step: int | None = option(None, "inner models drawn for a meta-step; default all")
@@ -74,14 +74,14 @@ class Config:
   inner_learning_rate: float = option(3e-3, "of the inner AdamW")
   inner_warmup: int = option(0, "inner updates of linear warm-up after each re-initialisation")
   inner_weight_decay: float = option(0.0, "decoupled, of the inner AdamW")
-  meta_learning_rate: float = option(1e-3, "of the meta-AdamW H")
+  meta_learning_rate: float = option(2e-3, "of the meta-AdamW H")
   meta_warmup: int = option(10, "meta-steps of linear warm-up")
   meta_weight_decay: float = option(0.1, "decoupled, of the meta-AdamW")
   meta_clip: float = option(0.01, "global norm to which a member's meta-gradient is clipped")
   seed: int = option(0, "of everything that is random")
   # The run.
   steps_per_call: int = option(10, "meta-steps in one compiled call; also the logging grain")
-  checkpoint_every: int = option(50, "meta-steps between checkpoints")
+  checkpoint_every: int = option(20, "meta-steps between checkpoints")
   report_documents: int = option(1000, "validation documents scored for the report, at most")
 
   def __post_init__(self):

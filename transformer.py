@@ -187,7 +187,7 @@ def restarting_positions(segments_BS: jax.Array) -> jax.Array:
 def rope_table(positions_BS: jax.Array, head_dim: int, dtype) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) [B, S, K / 2] of rotary position embeddings, base 10,000.
 
-  Looked up in constants: formed from the positions, XLA would form them again in each layer and head.
+  Looked up in constants: XLA would form sines of positions again in each layer and head.
   """
   S = positions_BS.shape[-1]
   angles = np.arange(S)[:, None] * 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)

@@ -1,6 +1,6 @@
 """Compiled memory of a one-member meta-step on an NVIDIA H100, from a machine that has none.
 
-  python benchmarks/h100_memory.py --T=2                 # 400m preset, B 8, S 2048, vocabulary 32,000
+  python benchmarks/h100_memory.py --T=2  # 400m preset, B 8, S 2048, vocabulary 32,000
   python benchmarks/h100_memory.py --T=2 --mode=reverse  # the yardstick
 
 Needs jax-cuda13-plugin and jax-cuda13-pjrt of JAX's own version and `ptxas` on the PATH, no GPU.

@@ -85,7 +85,8 @@ def main(_):
         seconds.append(time.perf_counter() - start)
       memory = step.memory_analysis()
       print(
-        f"T={T} {mode:11s} min {min(seconds[1:]):.3f} s  median {statistics.median(seconds[1:]):.3f} s"
+        f"T={T} {mode:11s} min {min(seconds[1:]):.3f} s"
+        f"  median {statistics.median(seconds[1:]):.3f} s"
         f"  temp {memory.temp_size_in_bytes / 2**20:,.0f} MiB"
         f"  outer loss {float(metrics['outer_loss'].ravel()[-1]):.4f}",
         flush=True,

@@ -1,4 +1,4 @@
-"""The score-weighted language-model loss, fused with its unembedding, differentiable to second order.
+"""The score-weighted language-model loss, fused with its unembedding, to second order.
 
   loss = sum_n weights[n] * nll[n],    nll = logsumexp(hidden @ unembedding.T) - logit of the target
 

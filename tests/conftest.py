@@ -15,6 +15,14 @@ import jax  # noqa: E402 (reads the flag)
 
 
 @pytest.fixture
+def quick_compile():
+  """Machine code that LLVM has not optimised: compiled in a third of the time, run once."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def x64():
   """float64 for this test alone."""
   with jax.enable_x64(True):
@@ -37,3 +45,21 @@ def assert_close(actual, expected, tolerance):
     error = np.abs(a - e).max(initial=0)
     bound = tolerance * np.abs(e).max(initial=0)
     assert error <= bound, f"leaf {i} {a.shape}: error {error:.3g} is over {bound:.3g}"
+
+
+@pytest.fixture
+def jaxpr_shapes():
+  """(function, *args) -> the shapes of all that is computed in it, in the bodies of loops too."""
+  return lambda function, *args: list(_shapes(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def _shapes(jaxpr):
+  for equation in jaxpr.eqns:
+    yield from (variable.aval.shape for variable in equation.outvars)
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+      if _is_jaxpr(inner):
+        yield from _shapes(getattr(inner, "jaxpr", inner))
+
+
+def _is_jaxpr(x):
+  return hasattr(x, "eqns")

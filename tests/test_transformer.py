@@ -1,0 +1,242 @@
+"""transformer.py: who sees whom, rotary positions, sizes, variants, and the loss against numpy.
+
+Axes: B sequences, S tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close
+
+import kernels.xla
+import transformer
+from transformer import Batch, TransformerConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+V, D, S = 13, 16, 10
+CONFIG = TransformerConfig(V, D, n_layers=2, n_heads=2, head_dim=8, d_ff=24)
+BLOCKED = dataclasses.replace(CONFIG, query_block=4)  # 10 queries: blocks of 4, 4 and 2
+# One document, two and padding, and one that starts after padding.
+SEGMENTS = jnp.array([[1] * S, [1, 1, 1, 1, 2, 2, 2, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]])
+
+
+def _tokens(seed=0, shape=SEGMENTS.shape, v=V):
+  return jnp.asarray(np.random.default_rng(seed).integers(v, size=shape), jnp.int32)
+
+
+def _transformer(config=CONFIG, causal=True):
+  """(params, hidden(params, tokens, segments) [B, S, D])."""
+  net = hk.without_apply_rng(
+    hk.transform(lambda *x: transformer.Transformer(config, causal=causal)(*x))
+  )
+  params = jax.jit(net.init)(jax.random.key(0), _tokens(), SEGMENTS)
+  return params, jax.jit(lambda *x: net.apply(*x)[0])
+
+
+@pytest.mark.parametrize("config", [CONFIG, BLOCKED], ids=["whole", "blocked"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_tokens_reach_their_own_document_alone_and_the_past_alone_if_causal(config, causal):
+  """Which hidden states move if one token changes: exactly those that may see it."""
+  params, hidden = _transformer(config, causal)
+  tokens = _tokens()
+  before = hidden(params, tokens, SEGMENTS)
+  for changed in range(S):
+    after = hidden(params, tokens.at[:, changed].set((tokens[:, changed] + 1) % V), SEGMENTS)
+    moved = np.abs(after - before).max(-1) > 1e-6
+    expected = np.array(SEGMENTS == SEGMENTS[:, changed : changed + 1])
+    if causal:
+      expected[:, :changed] = False
+    real = np.array(SEGMENTS) > 0  # what padding sees of padding is nobody's concern
+    assert (moved & real).tolist() == (expected & real).tolist(), f"token {changed}"
+    assert not after[~expected].tolist() or np.array_equal(after[~expected], before[~expected])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_have_the_states_that_they_have_alone(causal):
+  params, hidden = _transformer(causal=causal)
+  tokens = _tokens()
+  packed = hidden(params, tokens, SEGMENTS)
+  for row, start, stop in [(1, 0, 4), (1, 4, 7), (2, 2, 8), (2, 8, 10)]:
+    alone = hidden(
+      params, tokens[row : row + 1, start:stop], jnp.ones((1, stop - start), jnp.int32)
+    )
+    assert_close(packed[row, start:stop], alone[0], 1e-5)
+
+
+@pytest.mark.parametrize(
+  "segments, positions",
+  [
+    ([1, 1, 1], [0, 1, 2]),
+    ([1, 1, 2, 2, 2], [0, 1, 0, 1, 2]),
+    ([1, 2, 3, 3, 0, 0], [0, 0, 0, 1, 0, 1]),
+    ([0, 0, 1, 1], [0, 1, 0, 1]),
+    ([2], [0]),
+  ],
+)
+def test_positions_restart_in_each_document(segments, positions):
+  assert transformer.restarting_positions(jnp.array([segments])).tolist() == [positions]
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+  def score(i, j):
+    at = lambda x, p: transformer.apply_rope(x, transformer.rope_angles(jnp.array([[p]]), 8))
+    return float(jnp.sum(at(q, i) * at(k, j)))
+
+  assert score(5, 2) == pytest.approx(score(103, 100), abs=1e-4)
+  assert score(0, 0) == pytest.approx(float(jnp.sum(q * k)), abs=1e-6)
+  assert abs(score(5, 2) - score(2, 5)) > 1e-2  # and on its sign
+  assert len({round(score(d, 0), 4) for d in range(20)}) == 20
+
+
+def test_rotary_angles_are_those_of_the_published_formula():
+  angles = transformer.rope_angles(jnp.array([[0, 3]]), 6)
+  expected = [[[0, 0, 0], [3 * 10_000 ** (-2 * i / 6) for i in range(3)]]]
+  assert_close(angles, np.array(expected), 1e-6)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [dict(remat=True), dict(query_block=4), dict(query_block=3, remat=True)],
+  ids=["remat", "query_block", "both"],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_variants_that_save_memory_compute_the_same(causal, changes):
+  params, plain = _transformer(causal=causal)
+  _, variant = _transformer(dataclasses.replace(CONFIG, **changes), causal)
+  total = lambda hidden: lambda p: jnp.sum(jnp.sin(hidden(p, _tokens(), SEGMENTS)))
+  value, grads = jax.jit(jax.value_and_grad(total(plain)))(params)
+  assert_close(jax.jit(jax.value_and_grad(total(variant)))(params), (value, grads), 1e-5)
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_scanned_layers_are_the_unrolled_ones_stacked(remat):
+  params, plain = _transformer()
+  scanned_params, scanned = _transformer(dataclasses.replace(CONFIG, scan_layers=True, remat=remat))
+  layers = [{k: v for k, v in params.items() if f"/block{i}" in k} for i in ("", "_1")]
+  layers[0] = {k: v for k, v in layers[0].items() if "/block_1" not in k}
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *[jax.tree.leaves(layer) for layer in layers])
+  names = [k for k in scanned_params if "block" in k]
+  treedef = jax.tree.structure({k: scanned_params[k] for k in names})
+  restacked = scanned_params | params | jax.tree.unflatten(treedef, stacked)
+  restacked = {k: restacked[k] for k in scanned_params}
+  expected = plain(params, _tokens(), SEGMENTS)
+  assert_close(scanned(restacked, _tokens(), SEGMENTS), expected, 1e-5)
+  first, second = (jax.tree.leaves({k: scanned_params[k] for k in names})[0][i] for i in (0, 1))
+  assert first.shape == second.shape and jnp.any(first != second)  # each layer its own draw
+
+
+@pytest.mark.parametrize(
+  "name, millions", [("50m", 50), ("150m", 150), ("400m", 400), ("1b", 1000)]
+)
+def test_presets_have_the_parameter_counts_of_their_names(name, millions):
+  model = transformer.language_model(transformer.preset(name, 32_000))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  assert transformer.parameter_count(params) == pytest.approx(millions * 1e6, rel=0.1)
+
+
+def test_preset_takes_overrides_and_names_the_known_ones():
+  config = transformer.preset("50m", 100, remat=False, n_layers=3)
+  assert (config.vocab_size, config.n_layers, config.remat, config.scan_layers) == (
+    100,
+    3,
+    False,
+    True,
+  )
+  with pytest.raises(ValueError, match="'2b'.*tiny.*1b"):
+    transformer.preset("2b", 100)
+
+
+def test_bfloat16_is_close_to_float32_with_float32_parameters_and_losses():
+  batch = Batch(_tokens(), SEGMENTS)
+  weights = jnp.array([0.2, 0.3, 0.5])
+  results = {}
+  for dtype in "float32", "bfloat16":
+    model = transformer.language_model(dataclasses.replace(CONFIG, dtype=dtype))
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+    loss = lambda p, model=model: model.loss(p, weights, batch)
+    results[dtype] = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert {x.dtype.name for x in jax.tree.leaves(results[dtype])} == {"float32"}
+  (loss, nll), grads = results["bfloat16"]
+  (exact_loss, exact_nll), exact_grads = results["float32"]
+  assert_close((loss, nll), (exact_loss, exact_nll), 2e-2)
+  assert_close(grads, exact_grads, 8e-2)  # 2^-8, through some twenty roundings in a row
+  assert np.any(nll != exact_nll)
+
+
+def test_targets_are_the_next_tokens_of_the_same_document():
+  tokens = jnp.array([[5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9]])
+  segments = jnp.array([[1, 1, 2, 2, 0], [0, 0, 0, 1, 1], [1, 2, 3, 4, 5]])
+  targets, counted = transformer.next_token_targets(Batch(tokens, segments))
+  assert counted.astype(int).tolist() == [[1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
+  assert targets[counted].tolist() == [6, 8, 9]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_loss_is_the_weighted_sum_of_mean_cross_entropies_of_the_sequences(backend):
+  segments = jnp.concatenate([SEGMENTS, jnp.zeros_like(SEGMENTS[:1]), jnp.arange(1, S + 1)[None]])
+  tokens = _tokens(shape=segments.shape)
+  weights = jnp.array([0.5, -1.0, 2.0, 3.0, 4.0])
+  model = transformer.language_model(CONFIG, backend)
+  params = jax.jit(model.init)(jax.random.key(0))
+  _, hidden = _transformer()
+  states = np.asarray(hidden(params, tokens, segments), np.float64)
+  table = np.asarray(params["transformer"]["embedding"], np.float64)
+  expected = np.zeros(len(segments))
+  for b in range(len(segments)):
+    nll = []
+    for s in range(S - 1):
+      if segments[b, s] == segments[b, s + 1] > 0:
+        logits = table @ states[b, s]
+        nll.append(np.log(np.exp(logits).sum()) - logits[tokens[b, s + 1]])
+    expected[b] = np.mean(nll) if nll else 0.0
+  assert (expected[:3] > 1).all() and (expected[3:] == 0).all()  # the last two: nothing to predict
+
+  batch = Batch(tokens, segments)
+  loss, nll = jax.jit(model.loss)(params, weights, batch)
+  assert_close(nll, expected, 1e-5)
+  assert_close(loss, weights @ expected, 1e-5)
+  d_weights = jax.grad(lambda w: model.loss(params, w, batch)[0])(weights)
+  assert_close(d_weights, expected, 1e-5)
+  grads = jax.grad(lambda p: model.loss(p, weights * (expected == 0), batch)[0])(params)
+  assert all(not g.any() for g in jax.tree.leaves(grads))  # finite, and of no effect
+  of_nll = jax.grad(lambda p: jnp.sum(jnp.sin(model.loss(p, weights, batch)[1])))(params)
+  assert all(not g.any() for g in jax.tree.leaves(of_nll))
+
+
+def test_no_order_of_differentiation_forms_all_scores_or_all_logits(monkeypatch, jaxpr_shapes):
+  """Sizes that occur nowhere else: S = 23 positions, V = 101 words."""
+  s, v, block, rows = 23, 101, 8, 6
+  tokens = _tokens(shape=(1, s), v=v)
+  batch = Batch(tokens, jnp.ones_like(tokens))
+  monkeypatch.setattr(kernels.xla, "CHUNK_ELEMENTS", rows * v)
+
+  def shapes(config, backend):
+    model = transformer.language_model(config, backend)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+    grad = jax.grad(lambda p: model.loss(p, jnp.ones(1), batch)[0])
+    return jaxpr_shapes(grad, params) + jaxpr_shapes(lambda p: jax.jvp(grad, (p,), (p,)), params)
+
+  def score_rows(shapes):
+    """Queries of the largest array [..., queries, keys] of one head or more."""
+    return max(a[-2] for a in shapes if len(a) == 4 and a[-1] == s)
+
+  def logit_rows(shapes):
+    return max(np.prod(a) // v for a in shapes if v in a and D not in a)
+
+  config = dataclasses.replace(CONFIG, vocab_size=v, query_block=block)
+  frugal = shapes(config, "xla")
+  assert score_rows(frugal) <= block
+  assert not any(a.count(s) >= 2 for a in frugal)
+  assert logit_rows(frugal) <= rows
+  lavish = shapes(dataclasses.replace(config, query_block=s), "reference")
+  assert (score_rows(lavish), logit_rows(lavish)) == (s, s)  # the walk sees what it looks for
