@@ -224,7 +224,8 @@ def train(config: Config, workdir: Path, cache_dir: Path) -> None:
 
   inner_batches = batches("train", config.seed, (grain, m, T, config.inner_batch))
   outer_batches = batches("outer", config.seed + 1, (grain, m, config.outer_batch))
-  snapshot(state, start)
+  if start == 0:
+    snapshot(state, 0)
 
   step = None
   pending = None  # metrics are read one call late, so that the device never waits for this loop

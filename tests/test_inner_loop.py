@@ -142,7 +142,7 @@ OPTIMIZERS = {
 
 
 def _warm_state(problem, optimizer):
-  """A state with a history: all moments positive, for the second of a fresh Adam has an edge at 0."""
+  """A state with positive moments: the second moment of a fresh Adam has an edge at 0."""
   rng = np.random.default_rng(8)
   old = lambda x: rng.uniform(0.1, 0.5, x.shape) if jnp.issubdtype(x.dtype, jnp.inexact) else x + 2
   state = jax.eval_shape(lambda params: inner_loop.init(optimizer, params), problem[1])

@@ -1,0 +1,256 @@
+"""train.py from the command line: resume to the same bytes, bad input in one line, the report."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+  "--model=tiny",
+  "--rater=tiny",
+  "--sequence_length=32",
+  "--inner_batch=4",
+  "--outer_batch=4",
+  "--n_models=2",
+  "--lifetime=6",
+  "--steps_per_call=2",
+  "--checkpoint_every=4",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  """A JSONL of one's own: two sources, half of the documents noisy at a known level."""
+  rng = np.random.default_rng(0)
+  words = "the rater scores each text and the inner models learn from what it likes best".split()
+  path = tmp_path_factory.mktemp("corpus") / "mine.jsonl"
+  with open(path, "w") as file:
+    for i in range(400):
+      text = " ".join(rng.choice(words, 40))
+      level = float(rng.choice([0, 0, 0.2, 0.4, 0.8]))
+      noisy = [chr(rng.integers(33, 127)) if rng.random() < level else c for c in text]
+      record = {"text": "".join(noisy), "source": "ab"[i % 2], "noise": level}
+      print(json.dumps(record), file=file)
+  return path
+
+
+def command(workdir, corpus, *flags):
+  cache = Path(corpus).parent / "cache"
+  return [
+    sys.executable,
+    "train.py",
+    f"--workdir={workdir}",
+    f"--data={corpus}",
+    f"--cache_dir={cache}",
+    *SMALL,
+    *flags,
+  ]
+
+
+def environment(corpus):
+  """The runs of these tests share their compiled program."""
+  cache = str(Path(corpus).parent / "compiled")
+  return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+
+
+def run(workdir, corpus, *flags):
+  return subprocess.run(
+    command(workdir, corpus, *flags),
+    cwd=ROOT,
+    env=environment(corpus),
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+
+
+def rater_of(workdir, corpus):
+  return train.load_rater(workdir)(["the rater scores", "~#@!xq", "each text"])
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  result = run(workdir, corpus, "--meta_steps=12")
+  assert result.returncode == 0, result.stderr
+  return workdir, result
+
+
+def test_a_run_leaves_its_rater_metrics_scores_and_figures(finished):
+  workdir, result = finished
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == list(range(1, 13))
+  assert np.shape(rows[0]["inner_loss"]) == (2, 2) and np.shape(rows[0]["outer_loss"]) == (2,)
+  assert rows[0]["effective_sample_size"] == pytest.approx([4, 4])  # uniform at the start
+  for name in ("noise_vs_weight", "scores_by_source", "losses", "meta_gradients"):
+    assert (workdir / f"{name}.png").stat().st_size > 5000
+  results = json.loads((workdir / "results.json").read_text())
+  scores = [json.loads(x) for x in (workdir / "validation_scores.jsonl").read_text().splitlines()]
+  assert results["documents"] == len(scores) > 20
+  assert "DataRater after 12 meta-steps" in result.stdout
+
+
+def test_ages_show_that_resets_are_staggered(finished):
+  rows = [json.loads(x) for x in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+  ages = np.array([row["age"] for row in rows])  # lifetime 6, T 2: member 1 starts half-way
+  assert ages[:6].tolist() == [[2, 2], [4, 4], [6, 2], [2, 4], [4, 6], [6, 2]]
+
+
+def test_starting_a_finished_run_again_changes_nothing(finished, corpus):
+  workdir, _ = finished
+  before = {p: p.read_bytes() for p in workdir.glob("*.json*")}
+  result = run(workdir, corpus, "--meta_steps=12")
+  assert result.returncode == 0, result.stderr
+  assert "resuming after meta-step 12 of 12" in result.stdout
+  assert {p: p.read_bytes() for p in before} == before
+
+
+def test_sigterm_checkpoints_exits_0_and_the_rest_equals_an_uninterrupted_run(
+  finished, corpus, tmp_path
+):
+  process = subprocess.Popen(
+    command(tmp_path / "w", corpus, "--meta_steps=12"),
+    cwd=ROOT,
+    env=environment(corpus),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  metrics = tmp_path / "w" / "metrics.jsonl"
+  wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0
+  if "SIGTERM: checkpoint written" in output:  # else it was already at its end
+    assert run(tmp_path / "w", corpus, "--meta_steps=12").returncode == 0
+  same_run(finished[0], tmp_path / "w", corpus)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_five_times_the_rater_is_bitwise_the_same(corpus, tmp_path):
+  flags = ["--meta_steps=60"]
+  assert run(tmp_path / "whole", corpus, *flags).returncode == 0
+  rng, kills = random.Random(0), 0
+  while kills < 5:
+    process = subprocess.Popen(
+      command(tmp_path / "killed", corpus, *flags),
+      cwd=ROOT,
+      env=environment(corpus),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    try:
+      process.wait(timeout=rng.uniform(4, 25))
+      break  # it finished
+    except subprocess.TimeoutExpired:
+      os.kill(process.pid, signal.SIGKILL)
+      process.wait()
+      kills += 1
+  assert kills >= 3
+  assert run(tmp_path / "killed", corpus, *flags).returncode == 0
+  same_run(tmp_path / "whole", tmp_path / "killed", corpus)
+
+
+def same_run(a, b, corpus):
+  for name in ("metrics.jsonl", "validation_scores.jsonl", "results.json"):
+    assert (a / name).read_bytes() == (b / name).read_bytes(), name
+  np.testing.assert_array_equal(rater_of(a, corpus), rater_of(b, corpus))
+
+
+def wait_until(condition, process, seconds=300):
+  end = time.monotonic() + seconds
+  while not condition() and process.poll() is None:
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--meta_steps=0"], "--meta_steps=0 must be at least 1"),
+    (["--meta_steps=13"], "must be a positive multiple of --steps_per_call=2"),
+    (["--members_per_step=3"], "must lie in 1..--n_models=2"),
+    (["--lifetime=1"], "shorter than one window of --inner_steps=2"),
+    (["--mode=sideways"], "choose one of mixed"),
+    (["--model=huge"], "choose one of tiny"),
+    (["--loss_backend=cuda"], "choose one of reference"),
+    (["--tokenizer=missing.json"], "missing.json"),
+    (["--text_field=body"], "text"),
+    (["--outer_batch=4000"], "sequences"),
+    (["--outer_fraction=0.9", "--validation_fraction=0.2"], "fraction"),
+    (["stray"], "unexpected argument"),
+  ],
+)
+def test_contradictory_flags_end_in_one_line_that_names_the_mend(flags, message, corpus, tmp_path):
+  result = run(tmp_path / "w", corpus, *flags)
+  assert_one_line_error(result, message)
+
+
+def assert_one_line_error(result, message):
+  assert result.returncode in (1, 2)
+  errors = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+  assert len(errors) == 1 and message in errors[0], result.stderr
+  assert "Traceback" not in result.stderr
+
+
+def test_missing_data_and_no_workdir_are_one_line(corpus, tmp_path):
+  assert_one_line_error(run(tmp_path / "w", tmp_path / "absent.jsonl"), "absent.jsonl")
+  arguments = [sys.executable, "train.py"]
+  result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+  assert_one_line_error(result, "--workdir")
+
+
+def test_a_workdir_of_another_configuration_is_refused_untouched(finished, corpus):
+  workdir, _ = finished
+  before = sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*"))
+  assert_one_line_error(run(workdir, corpus, "--meta_steps=12", "--seed=1"), "seed was 0, is 1")
+  assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
+
+
+def test_a_folder_with_other_things_is_refused(corpus, tmp_path):
+  (tmp_path / "notes.txt").write_text("mine")
+  assert_one_line_error(run(tmp_path, corpus), "neither empty nor a run")
+
+
+def test_a_truncated_checkpoint_is_named_with_the_mend(finished, corpus, tmp_path):
+  import shutil
+
+  broken = tmp_path / "broken"
+  shutil.copytree(finished[0], broken)
+  last = broken / "checkpoints" / "12"
+  for path in last.rglob("*"):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  assert_one_line_error(run(broken, corpus, "--meta_steps=12"), "delete that folder")
+  shutil.rmtree(last)
+  assert run(broken, corpus, "--meta_steps=12").returncode == 0
+  same_run(finished[0], broken, corpus)
+
+
+def test_noise_table_on_scores_with_known_answer():
+  noise = np.tile([0.0, 0.0, 0.2, 0.4, 0.6, 0.8], 10)
+  source = np.repeat(["a", "b"], 30)
+  table = report.noise_table(-noise, noise, source)
+  assert table["spearman"] == pytest.approx({"a": -1, "b": -1})
+  assert table["auroc"] == pytest.approx({"a": 1, "b": 1})
+  upside_down = report.noise_table(noise, noise, source)
+  assert upside_down["spearman_mean"] == pytest.approx(1) and upside_down["auroc_mean"] == 0
+  assert report.noise_table(-noise[:6], noise[:6], source[:6])["too_few_documents"] == ["a"]
+
+
+def test_weight_fit_finds_the_r2_of_an_exact_and_of_an_independent_relation():
+  rng = np.random.default_rng(0)
+  noise, source = rng.uniform(0.1, 0.8, 128), np.repeat("a", 128)
+  assert report.weight_fit(np.log(1 - noise), noise, source)["r2"] == pytest.approx(1)
+  assert report.weight_fit(rng.normal(size=128), noise, source)["r2"] < 0.1
