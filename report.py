@@ -207,7 +207,7 @@ def _plot_sources(by_source, noise, source, scores):
       )
   axis.set_yticks(range(len(names)), names)
   axis.set_xlabel("score of the rater")
-  axis.legend(fontsize=8)
+  axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
   return figure
 
 
