@@ -55,8 +55,7 @@ def test_scores_ignore_what_padding_holds_and_how_much_there_is(rater):
   assert_close(score(eta, short)[0], scores[2], 1e-5)
 
 
-def test_score_reads_every_token_in_both_directions(rater):
-  """A non-causal body: even without its first state's mean, the last token moves the first."""
+def test_score_reads_every_token_but_padding(rater):
   _, eta, score = rater
   batch = _batch()
   scores = score(eta, batch)
@@ -64,6 +63,22 @@ def test_score_reads_every_token_in_both_directions(rater):
     tokens = batch.tokens.at[:, s].set((batch.tokens[:, s] + 1) % V)
     moved = score(eta, batch._replace(tokens=tokens)) != scores
     assert moved.tolist() == (batch.segments[:, s] > 0).tolist()
+
+
+def test_body_is_not_causal(rater):
+  """Where all queries and keys are 0 nothing but a causal mask can tell the order of tokens."""
+  _, eta, score = rater
+
+  def without_queries_and_keys(path, x):
+    if path[-1].key != "qkv":
+      return x
+    return x.at[:, : 2 * CONFIG.n_heads * CONFIG.head_dim].set(0)
+
+  blind = jax.tree.map_with_path(without_queries_and_keys, eta)
+  tokens, segments = jnp.arange(S)[None], jnp.ones((1, S), jnp.int32)
+  forward, backward = Batch(tokens, segments), Batch(tokens[:, ::-1], segments)
+  assert_close(score(blind, forward), score(blind, backward), 1e-5)
+  assert abs(score(eta, forward) - score(eta, backward)) > 1e-3
 
 
 def test_a_sequence_of_padding_alone_scores_zero(rater):

@@ -139,10 +139,14 @@ def test_sigterm_checkpoints_exits_0_and_the_rest_equals_an_uninterrupted_run(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_five_times_the_rater_is_bitwise_the_same(corpus, tmp_path):
-  flags = ["--meta_steps=60"]
+  flags = ["--meta_steps=240"]
   assert run(tmp_path / "whole", corpus, *flags).returncode == 0
-  rng, kills = random.Random(0), 0
-  while kills < 5:
+  rng, metrics = random.Random(0), tmp_path / "killed" / "metrics.jsonl"
+
+  def lines():
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+  for kill in range(5):
     process = subprocess.Popen(
       command(tmp_path / "killed", corpus, *flags),
       cwd=ROOT,
@@ -150,15 +154,17 @@ def test_killed_at_random_moments_five_times_the_rater_is_bitwise_the_same(corpu
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
-    try:
-      process.wait(timeout=rng.uniform(4, 25))
-      break  # it finished
-    except subprocess.TimeoutExpired:
-      os.kill(process.pid, signal.SIGKILL)
-      process.wait()
-      kills += 1
-  assert kills >= 3
-  assert run(tmp_path / "killed", corpus, *flags).returncode == 0
+    if kill % 2:  # anywhere, most likely while it starts
+      time.sleep(rng.uniform(1, 8))
+    else:  # in the middle of training or of a checkpoint
+      before = lines()
+      wait_until(lambda before=before: lines() > max(before, 4), process)
+      time.sleep(rng.uniform(0, 0.5))
+    assert process.poll() is None, "it finished before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+  result = run(tmp_path / "killed", corpus, *flags)
+  assert result.returncode == 0 and "resuming after meta-step" in result.stdout, result.stderr
   same_run(tmp_path / "whole", tmp_path / "killed", corpus)
 
 

@@ -38,6 +38,49 @@ def _transformer(config=CONFIG, causal=True):
   return params, jax.jit(lambda *x: net.apply(*x)[0])
 
 
+def _by_hand(params, tokens, segments, causal):
+  """Hidden states of one sequence in float64 numpy, one token and one head at a time."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  K, H = CONFIG.head_dim, CONFIG.n_heads
+  norm = lambda x, scale: x / np.sqrt(np.mean(x**2) + 1e-6) * scale
+  gelu = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+  places = [int((segments[:s] == segments[s]).sum()) for s in range(S)]
+
+  def rotated(x, place):
+    turn = np.exp(1j * place * 10_000 ** (-2 * np.arange(K // 2) / K))
+    pairs = (x[: K // 2] + 1j * x[K // 2 :]) * turn
+    return np.concatenate([pairs.real, pairs.imag])
+
+  x = params["transformer"]["embedding"][tokens] * np.sqrt(D)
+  for layer in "transformer/block", "transformer/block_1":
+    p, mixed = params[layer], np.zeros((S, H * K))
+    q, k, v = np.moveaxis(
+      np.stack([norm(row, p["attention_norm"]) @ p["qkv"] for row in x]).reshape(S, 3, H, K), 1, 0
+    )
+    for s in range(S):
+      seen = [t for t in range(S) if segments[t] == segments[s] and not (causal and t > s)]
+      for h in range(H):
+        query = rotated(q[s, h], places[s])
+        scores = [query @ rotated(k[t, h], places[t]) / np.sqrt(K) for t in seen]
+        mixed[s, h * K : (h + 1) * K] = np.exp(scores) @ v[seen, h] / np.exp(scores).sum()
+    x = x + mixed @ p["attention_out"]
+    x = x + np.stack([gelu(norm(row, p["mlp_norm"]) @ p["mlp_in"]) for row in x]) @ p["mlp_out"]
+  return np.stack([norm(row, params["transformer"]["final_norm"]) for row in x])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_states_are_those_of_a_transformer_written_with_loops(causal):
+  params, hidden = _transformer(causal=causal)
+  # Norms start at 1: move them, or a scale that is left out goes unseen.
+  rng = np.random.default_rng(2)
+  params = jax.tree.map(lambda x: x * rng.uniform(0.5, 2, x.shape).astype(np.float32), params)
+  states = hidden(params, _tokens(), SEGMENTS)
+  for b in range(len(SEGMENTS)):
+    real = np.asarray(SEGMENTS[b]) > 0
+    expected = _by_hand(params, np.asarray(_tokens()[b]), np.asarray(SEGMENTS[b]), causal)
+    assert_close(states[b][real], expected[real], 1e-5)
+
+
 @pytest.mark.parametrize("config", [CONFIG, BLOCKED], ids=["whole", "blocked"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_tokens_reach_their_own_document_alone_and_the_past_alone_if_causal(config, causal):
@@ -249,3 +292,22 @@ def test_no_order_of_differentiation_forms_all_scores_or_all_logits(monkeypatch,
   assert logit_rows(frugal) <= rows
   lavish = shapes(dataclasses.replace(config, query_block=s), "reference")
   assert (score_rows(lavish), logit_rows(lavish)) == (s, s)  # the walk sees what it looks for
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_blocks_saves_no_scores_for_the_backward_pass(causal):
+  length, heads = 64, 2
+  x_BSHK = jnp.zeros((1, length, heads, 8))
+  segments = jnp.ones((1, length), jnp.int32)
+
+  def saved_scores(query_block):
+    """Shapes [B, H, Q, keys] among the residuals."""
+
+    def attention(*qkv):
+      return transformer.attention(*qkv, segments, causal=causal, query_block=query_block)
+
+    residuals = jax.eval_shape(lambda *qkv: jax.vjp(attention, *qkv)[1], *[x_BSHK] * 3)
+    return [r.shape for r in jax.tree.leaves(residuals) if r.ndim == 4 and r.shape[1] == heads]
+
+  assert saved_scores(8) == []
+  assert (1, heads, length, length) in saved_scores(length)
