@@ -178,20 +178,20 @@ def meta_step(
     g, inner, metrics = meta_gradient(
       eta, inner, inner_batch, outer_batch, problem, inner_optimizer, config.mode
     )
-    finite = jnp.isfinite(optax.global_norm(g)) & jnp.isfinite(metrics["outer_loss"])
+    finite = jnp.isfinite(optax.tree.norm(g)) & jnp.isfinite(metrics["outer_loss"])
     updates, new_meta_opt = meta_optimizer.update(g, meta_opt, eta)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
     meta_opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_meta_opt, meta_opt)
 
     age, until_reset = age + T, until_reset - T
     metrics |= {
-      "meta_gradient_norm": optax.global_norm(g),
-      "meta_update_norm": optax.global_norm(updates),
+      "meta_gradient_norm": optax.tree.norm(g),
+      "meta_update_norm": optax.tree.norm(updates),
       "age": age,
       "skipped": ~finite,
     }
     # A member that diverged would stay so: it starts anew as well.
-    reset = (until_reset <= 0) | ~jnp.isfinite(optax.global_norm(inner.params))
+    reset = (until_reset <= 0) | ~jnp.isfinite(optax.tree.norm(inner.params))
     inner = jax.lax.cond(
       reset,
       lambda: inner_loop.init(

@@ -135,7 +135,6 @@ def _scheduled():
 OPTIMIZERS = {
   "sgd": lambda: optax.sgd(0.05),
   "momentum": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
-  "adam": lambda: optax.adam(0.05),
   "eps_root": lambda: optax.adam(0.05, b2=0.99, eps=0.0, eps_root=1e-12),
   "scheduled_adamw": _scheduled,
 }
@@ -196,7 +195,8 @@ def test_gradients_of_state_and_metas_are_those_of_reverse_mode_and_of_differenc
   problem, optimizer = problem(), OPTIMIZERS[optimizer]()
   state, metas = _warm_state(problem, optimizer), problem[2]
   at = {m: _value_and_gradients(_objective(problem, optimizer, m)) for m in EXACT_MODES}
-  grads = {mode: function(state, metas)[1] for mode, function in at.items()}
+  values, grads = ({m: at[m](state, metas)[i] for m in EXACT_MODES} for i in range(2))
+  assert_close(values, dict.fromkeys(EXACT_MODES, values["reverse"]), 1e-12)
   assert_close(grads["mixed"], grads["reverse"], 1e-10)
   assert_close(grads["mixed_save"], grads["reverse"], 1e-10)
 
@@ -277,7 +277,7 @@ def test_random_losses_have_the_gradients_of_reverse_mode(random_loss_gradients,
   assert_close(grads["mixed_save"], grads["reverse"], 1e-10)
 
 
-@pytest.mark.parametrize("mode", inner_loop.MODES)
+@pytest.mark.parametrize("mode", ["mixed", "reverse"])
 def test_unroll_is_a_loop_of_optax_updates(x64, mode):
   loss, params, metas, batches = _weighted_regression()
   optimizer = _scheduled()
@@ -337,9 +337,7 @@ def test_aux_and_batches_carry_no_gradient(unroll, mode):
     assert all(not g.any() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize(
-  "mode, steps", [(mode, 3) for mode in inner_loop.MODES] + [("mixed", 1), ("reverse", 1)]
-)
+@pytest.mark.parametrize("mode, steps", [(mode, 3) for mode in inner_loop.MODES] + [("mixed", 1)])
 def test_window_is_an_unroll_from_a_constant_state(x64, mode, steps):
   loss, params, metas, batches = _integer_leaves()
   metas, batches = jax.tree.map(lambda x: x[:steps], (metas, batches))

@@ -81,11 +81,10 @@ def test_states_are_those_of_a_transformer_written_with_loops(causal):
     assert_close(states[b][real], expected[real], 1e-5)
 
 
-@pytest.mark.parametrize("config", [CONFIG, BLOCKED], ids=["whole", "blocked"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_tokens_reach_their_own_document_alone_and_the_past_alone_if_causal(config, causal):
+def test_tokens_reach_their_own_document_alone_and_the_past_alone_if_causal(causal):
   """Which hidden states move if one token changes: exactly those that may see it."""
-  params, hidden = _transformer(config, causal)
+  params, hidden = _transformer(BLOCKED, causal)
   tokens = _tokens()
   before = hidden(params, tokens, SEGMENTS)
   for changed in range(S):
@@ -104,7 +103,7 @@ def test_packed_documents_have_the_states_that_they_have_alone(causal):
   params, hidden = _transformer(causal=causal)
   tokens = _tokens()
   packed = hidden(params, tokens, SEGMENTS)
-  for row, start, stop in [(1, 0, 4), (1, 4, 7), (2, 2, 8), (2, 8, 10)]:
+  for row, start, stop in [(1, 0, 4), (1, 4, 7)]:
     alone = hidden(
       params, tokens[row : row + 1, start:stop], jnp.ones((1, stop - start), jnp.int32)
     )
@@ -147,11 +146,7 @@ def test_rotary_angles_are_those_of_the_published_formula():
 
 @pytest.mark.parametrize(
   "causal, changes",
-  [
-    (True, dict(remat=True)),
-    (True, dict(query_block=4)),
-    (False, dict(query_block=3, remat=True)),
-  ],
+  [(True, dict(query_block=4, remat=True)), (False, dict(query_block=3))],
 )
 def test_variants_that_save_memory_compute_the_same(causal, changes):
   params, plain = _transformer(causal=causal)
@@ -161,10 +156,9 @@ def test_variants_that_save_memory_compute_the_same(causal, changes):
   assert_close(jax.jit(jax.value_and_grad(total(variant)))(params), (value, grads), 1e-5)
 
 
-@pytest.mark.parametrize("remat", [True, False])
-def test_scanned_layers_are_the_unrolled_ones_stacked(remat):
+def test_scanned_layers_are_the_unrolled_ones_stacked():
   params, plain = _transformer()
-  scanned_params, scanned = _transformer(dataclasses.replace(CONFIG, scan_layers=True, remat=remat))
+  scanned_params, scanned = _transformer(dataclasses.replace(CONFIG, scan_layers=True, remat=True))
   layers = [{k: v for k, v in params.items() if f"/block{i}" in k} for i in ("", "_1")]
   layers[0] = {k: v for k, v in layers[0].items() if "/block_1" not in k}
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *[jax.tree.leaves(layer) for layer in layers])
