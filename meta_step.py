@@ -199,9 +199,8 @@ def meta_step(
       ),
       lambda: inner,
     )
-    age, until_reset = jnp.where(
-      reset, jnp.array([0, config.lifetime]), jnp.array([age, until_reset])
-    )
+    age = jnp.where(reset, 0, age)
+    until_reset = jnp.where(reset, config.lifetime, until_reset)
     new = (inner, meta_opt, age, until_reset, skipped + ~finite)
     carry = jax.tree.map(lambda a, b: a.at[i].set(b), carry, new)
     return carry, (updates, finite, metrics)

@@ -254,7 +254,7 @@ def train(config: Config, workdir: Path, cache_dir: Path) -> None:
     bar.update(grain)
     if stop.requested and k < config.meta_steps:
       bar.close()
-      print(f"SIGTERM: checkpoint written after meta-step {k}; start again to go on", flush=True)
+      print(f"stopped: checkpoint written after meta-step {k}; start again to go on", flush=True)
       checkpoints.close()
       return
   jax.block_until_ready(state)
@@ -463,14 +463,16 @@ class Metrics:
 
 
 class StopSignal:
-  """True in `requested` once SIGTERM came."""
+  """True in `requested` once SIGTERM or Ctrl-C came; a second one ends the process at once."""
 
   def __init__(self):
     self.requested = False
-    signal.signal(signal.SIGTERM, self._request)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._request)
 
-  def _request(self, *_):
+  def _request(self, number, _):
     self.requested = True
+    signal.signal(number, signal.SIG_DFL)
 
 
 def run_main():

@@ -6,10 +6,16 @@ import os
 import numpy as np
 import pytest
 
-# These tests compile much and compute little: XLA:CPU's older emitters compile small programs three
-# times faster. Another JAX may not know the flag, and stops at one that it does not know.
+# These tests compile much and compute little: XLA:CPU's older emitters, in one LLVM module, compile
+# small programs three times faster. Another JAX may not know a flag, and stops at such a one.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
+      os.environ.get("XLA_FLAGS", ""),
+      "--xla_cpu_use_fusion_emitters=false",
+      "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+  )
 
 import jax  # noqa: E402 (reads the flag)
 

@@ -195,7 +195,8 @@ def test_gradients_of_state_and_metas_are_those_of_reverse_mode_and_of_differenc
   problem, optimizer = problem(), OPTIMIZERS[optimizer]()
   state, metas = _warm_state(problem, optimizer), problem[2]
   at = {m: _value_and_gradients(_objective(problem, optimizer, m)) for m in EXACT_MODES}
-  values, grads = ({m: at[m](state, metas)[i] for m in EXACT_MODES} for i in range(2))
+  results = {mode: function(state, metas) for mode, function in at.items()}
+  values, grads = ({mode: r[i] for mode, r in results.items()} for i in range(2))
   assert_close(values, dict.fromkeys(EXACT_MODES, values["reverse"]), 1e-12)
   assert_close(grads["mixed"], grads["reverse"], 1e-10)
   assert_close(grads["mixed_save"], grads["reverse"], 1e-10)

@@ -132,7 +132,7 @@ def test_sigterm_checkpoints_exits_0_and_the_rest_equals_an_uninterrupted_run(
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 0
-  if "SIGTERM: checkpoint written" in output:  # else it was already at its end
+  if "stopped: checkpoint written" in output:  # else it was already at its end
     assert run(tmp_path / "w", corpus, "--meta_steps=12").returncode == 0
   same_run(finished[0], tmp_path / "w", corpus)
 
