@@ -1,0 +1,140 @@
+"""The folder of a run: its configuration, checkpoints and metrics, each of which appears whole."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import tqdm
+
+import meta_step
+import report
+
+
+class UserError(ValueError):
+  """A mistake of the user's: printed as one line, cause and mend."""
+
+
+def check(condition: bool, message: str):
+  if not condition:
+    raise UserError(message)
+
+
+def open_workdir(workdir: Path, config: Any, corpus_fingerprint: str) -> None:
+  """Writes config.json into a new workdir; refuses a workdir of another configuration."""
+  path = workdir / "config.json"
+  mine = json.loads(json.dumps({"config": vars(config), "corpus": corpus_fingerprint}))
+  if path.exists():
+    try:
+      saved = json.loads(path.read_text())
+      before, now = saved["config"] | {"corpus": saved["corpus"]}, mine["config"]
+    except (ValueError, KeyError, TypeError):
+      raise UserError(
+        f"{path} is not readable as a run's configuration: use another --workdir"
+      ) from None
+    now = now | {"corpus": corpus_fingerprint}
+    changed = [
+      f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in now if before.get(k) != now[k]
+    ]
+    check(
+      not changed,
+      f"{workdir} holds a run of another configuration ({'; '.join(changed)}): "
+      "use another --workdir, or the same flags and data",
+    )
+    return
+  other = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
+  check(
+    not other, f"{workdir} is neither empty nor a run ({other[0] if other else ''}): use another"
+  )
+  check(not workdir.exists() or workdir.is_dir(), f"--workdir={workdir} is a file")
+  workdir.mkdir(parents=True, exist_ok=True)
+  report.write_atomically(path, lambda f: f.write(json.dumps(mine, indent=1).encode()))
+
+
+class Checkpoints:
+  """Orbax checkpoints of the whole MetaState; each appears atomically."""
+
+  def __init__(self, workdir: Path):
+    self.folder = workdir.resolve() / "checkpoints"
+    self.manager = ocp.CheckpointManager(
+      self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    )
+
+  def save(self, step: int, state: meta_step.MetaState):
+    self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+  def restore_latest(self, state: meta_step.MetaState) -> meta_step.MetaState:
+    step = self.manager.latest_step()
+    if step is None:
+      return state
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
+    return type(state)(**self._restore(step, ocp.args.StandardRestore(template)))
+
+  def restore_eta(self, template):
+    step = self.manager.latest_step()
+    check(step is not None, f"{self.folder} holds no checkpoint yet")
+    return self._restore(step, ocp.args.PyTreeRestore({"eta": template}, partial_restore=True))[
+      "eta"
+    ]
+
+  def _restore(self, step, args):
+    try:
+      return self.manager.restore(step, args=args)
+    except Exception as error:
+      raise UserError(
+        f"the checkpoint {self.folder / str(step)} cannot be read "
+        f"({type(error).__name__}: {str(error).splitlines()[0][:120]}): "
+        "delete that folder to go on from the one before"
+      ) from error
+
+  def close(self):
+    self.manager.wait_until_finished()
+    self.manager.close()
+
+
+class Metrics:
+  """metrics.jsonl: a line per meta-step, up to the checkpoint a run resumes from."""
+
+  def __init__(self, path: Path, start: int):
+    kept = []
+    if path.exists():
+      for line in path.read_text().splitlines():
+        try:
+          kept += [line] if json.loads(line)["step"] <= start else []
+        except (ValueError, KeyError):
+          pass  # the line that a kill cut short
+    report.write_atomically(path, lambda f: f.write("".join(x + "\n" for x in kept).encode()))
+    self.file = open(path, "a")
+
+  def write(self, last_step: int, metrics: dict, bar: tqdm.tqdm):
+    metrics = dict(jax.device_get(metrics))
+    correlation = float(metrics.pop("score_autocorrelation"))
+    M = len(metrics["outer_loss"])
+    for i in range(M):
+      row = {"step": last_step - M + 1 + i} | {k: v[i].tolist() for k, v in metrics.items()}
+      if i == M - 1:
+        row["score_autocorrelation"] = correlation
+      print(json.dumps(row), file=self.file)
+    self.file.flush()
+    skipped = int(metrics["skipped"].sum())
+    bar.set_postfix_str(
+      f"outer loss {metrics['outer_loss'][-1].mean():.3f}, "
+      f"score spread {metrics['score_std'][-1].mean():.2f}, "
+      f"effective batch {metrics['effective_sample_size'][-1].mean():.1f}"
+      + (f", skipped {skipped}" if skipped else "")
+    )
+
+
+class StopSignal:
+  """True in `requested` once SIGTERM or Ctrl-C came; a second one ends the process at once."""
+
+  def __init__(self):
+    self.requested = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._request)
+
+  def _request(self, number, _):
+    self.requested = True
+    signal.signal(number, signal.SIG_DFL)
