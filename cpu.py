@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
   for option, value in (
     (M_ARENA_MAX, 1),
     (M_MMAP_MAX, 0),
-    (M_TRIM_THRESHOLD, 2**31 - 1),
+    (M_TRIM_THRESHOLD, -1),
     (M_TOP_PAD, 2**28),
   ):
     libc.mallopt(option, value)

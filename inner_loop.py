@@ -53,9 +53,10 @@ def unroll(
     metas: pytree with a leading axis T, one slice a step (None: no meta-input).
     batches: pytree with a leading axis T.
     mode: how the gradient of the result is formed; the result itself is the same.
-      "mixed": MixFlow-MG, recomputing each step's forward pass.
-      "mixed_save": MixFlow-MG that keeps the linearised gradients of the forward pass: fewer FLOPs,
-        more memory (all T steps' activations).
+      "mixed": MixFlow-MG, each step saves its inputs and g_t: 9 forward units (F) for a step's
+        Hessian-vector product, of which 3 F repeat what the forward pass did.
+      "mixed_save": MixFlow-MG, each step also saves the results of its matrix products, forward
+        and backward: 6 F, at the memory of T steps' activations. Faster on CPUs.
       "reverse": plain autodiff, the yardstick.
       "first_order": ablation, drops H u: theta_t counts as a constant of the later gradients.
 
@@ -82,7 +83,7 @@ def unroll_window(
   if mode == "reverse":  # autodiff finds by itself that nothing before theta_0 is asked for
     return unroll(loss_fn, optimizer, state, metas, batches, mode)
   first, rest = (jax.tree.map(lambda x, s=s: x[s], (metas, batches)) for s in (0, slice(1, None)))
-  state, aux_0 = _step(_gradient(loss_fn, "first_order"), optimizer, state, *first)
+  state, aux_0 = _step(_gradient(loss_fn, mode, hessian=False), optimizer, state, *first)
   if not len(jax.tree.leaves(batches)[0]) > 1:
     return state, jax.tree.map(lambda x: x[None], aux_0)
   state, aux = _unroll(_gradient(loss_fn, mode), optimizer, state, *rest, mode)
@@ -96,7 +97,8 @@ def _unroll(gradient, optimizer, state, metas, batches, mode):
   if mode in ("mixed", "first_order"):  # save g_t and the step's inputs, recompute the optimiser
     policy = jax.checkpoint_policies.save_only_these_names("inner_grads")
     step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-  return jax.lax.scan(step, state, (metas, batches))
+  # As a loop, what "mixed_save" keeps would be copied into and out of arrays with an axis T.
+  return jax.lax.scan(step, state, (metas, batches), unroll=mode == "mixed_save")
 
 
 def _step(gradient, optimizer, state, meta, batch):
@@ -107,10 +109,14 @@ def _step(gradient, optimizer, state, meta, batch):
   return InnerState(params, opt_state), jax.lax.stop_gradient(aux)
 
 
-def _gradient(loss_fn: LossFn, mode: str):
-  """(params, meta, batch) -> (d loss / d params, aux), with the derivative rule of `mode`."""
+def _gradient(loss_fn: LossFn, mode: str, hessian: bool = True):
+  """(params, meta, batch) -> (d loss / d params, aux), with the derivative rule of `mode`.
+
+  hessian: False leaves out H u; the backward pass then yields the cotangent of meta alone.
+  """
   if mode not in MODES:
     raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+  hessian = hessian and mode != "first_order"
 
   def plain(params, meta, batch):
     return jax.grad(loss_fn, has_aux=True)(params, meta, batch)
@@ -118,35 +124,40 @@ def _gradient(loss_fn: LossFn, mode: str):
   if mode == "reverse":
     return plain
 
-  def both_grads(params, meta, batch):
-    """(d loss / d params, d loss / d meta), the latter for the floating leaves of meta only."""
+  def to_differentiate(params, meta, batch):
+    """What the backward pass needs the derivative of along u, then (d loss / d params, aux).
+
+    d loss / d meta is for the floating leaves of meta only."""
     floating, restore = _split_floating(meta)
 
     def loss(params, floating):
       return loss_fn(params, restore(floating), batch)
 
-    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, floating)
+    (grads, meta_grads), aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, floating)
+    return (grads if hessian else None, meta_grads), (grads, aux)
 
   def forward(params, meta, batch):
     if mode != "mixed_save":
       return plain(params, meta, batch), (params, meta, batch)
-    (grads, _), derivative, aux = jax.linearize(
-      lambda params: both_grads(params, meta, batch), params, has_aux=True
+    # Element-wise operations are cheaper to repeat than to keep: only products are saved.
+    products = jax.checkpoint_policies.dots_saveable
+    at_params = jax.checkpoint(
+      lambda params: to_differentiate(params, meta, batch), policy=products, prevent_cse=False
     )
-    return (grads, aux), (derivative, meta)
+    _, derivative, outputs = jax.linearize(at_params, params, has_aux=True)
+    return outputs, (derivative, params, meta)
 
   def backward(residuals, cotangents):
     u, _ = cotangents  # aux carries none
     if mode == "mixed_save":
-      derivative, meta = residuals
+      derivative, params, meta = residuals
       hessian_u, meta_cotangent = derivative(u)
     else:
       params, meta, batch = residuals
-      select = (lambda both: both[1]) if mode == "first_order" else (lambda both: both)
-      _, derivative = jax.jvp(lambda p: select(both_grads(p, meta, batch)[0]), (params,), (u,))
-      hessian_u, meta_cotangent = (
-        (jax.tree.map(jnp.zeros_like, params), derivative) if mode == "first_order" else derivative
-      )
+      at_params = lambda params: to_differentiate(params, meta, batch)[0]
+      _, (hessian_u, meta_cotangent) = jax.jvp(at_params, (params,), (u,))
+    if not hessian:
+      hessian_u = jax.tree.map(jnp.zeros_like, params)
     _, restore = _split_floating(meta)
     return hessian_u, restore(meta_cotangent, fill=None), None
 

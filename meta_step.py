@@ -41,19 +41,20 @@ class Problem(NamedTuple):
   ]  # (eta, probe batch) -> scores [P], watched for convergence
 
 
-def datarater_problem(model: LanguageModel, rater: Rater, one_pass: bool = True) -> Problem:
+def datarater_problem(model: LanguageModel, rater: Rater, remat: bool = False) -> Problem:
   """Meta-input = softmax weights of the rater's scores; l = L = next-token loss.
 
-  one_pass: score all T inner batches as one; otherwise one inner batch at a time, rematerialised
-    (accelerators, where T batches at once do not fit).
+  remat: form the scores of an inner batch again in the backward pass (accelerators, where the
+    rater's activations of T batches do not fit).
   """
 
   def scores_TB(eta, batches: Batch):
-    if one_pass:
-      T, B = batches.tokens.shape[:2]
-      flat = jax.tree.map(lambda x: x.reshape(T * B, *x.shape[2:]), batches)
-      return rater.score(eta, flat).reshape(T, B)
-    return jax.lax.map(jax.checkpoint(lambda batch: rater.score(eta, batch)), batches)
+    if remat:
+      return jax.lax.map(jax.checkpoint(lambda batch: rater.score(eta, batch)), batches)
+    # Not as one batch of T * B: smaller activations stay in the caches of a CPU.
+    T = batches.tokens.shape[0]
+    of_step = lambda t: jax.tree.map(lambda x: x[t], batches)
+    return jnp.stack([rater.score(eta, of_step(t)) for t in range(T)])
 
   def metas(eta, batches):
     scores = scores_TB(eta, batches)

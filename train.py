@@ -272,7 +272,7 @@ def build(config: Config, vocab_size: int):
   problem = meta_step.datarater_problem(
     transformer.language_model(model_config, config.loss_backend),
     make_rater(config, vocab_size),
-    one_pass=not model_config.remat,
+    remat=model_config.remat,
   )
   inner_optimizer = meta_step.inner_adamw(
     config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay

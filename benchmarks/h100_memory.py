@@ -56,7 +56,7 @@ def main(_):
   options = dict(dtype="bfloat16")
   model = transformer.language_model(transformer.preset(FLAGS.model, FLAGS.vocab, **options))
   rater = datarater.rater(transformer.preset(FLAGS.rater, FLAGS.vocab, **options))
-  problem = meta_step.datarater_problem(model, rater, one_pass=False)
+  problem = meta_step.datarater_problem(model, rater, remat=True)
   inner, meta = meta_step.inner_adamw(1e-3, 100, 0.1), meta_step.paper_meta_optimizer()
   config = meta_step.MetaConfig(n_models=1, lifetime=1000, mode=FLAGS.mode)
 
