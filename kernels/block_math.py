@@ -34,6 +34,7 @@ def empty(n: int, tangents: bool) -> Statistics:
 def fold(stats: Statistics, z_NV, dz_NV, hit_NV, valid_NV) -> Statistics:
   """Adds a block; columns that are not `valid` (past the vocabulary's end) may hold anything."""
   z_NV = jnp.where(valid_NV, z_NV, -jnp.inf)
+  hit_NV = hit_NV & valid_NV  # a target of another shard of the vocabulary may lie past this one's
   maximum = jnp.maximum(stats.maximum, jnp.max(z_NV, 1, keepdims=True))
   decay = jnp.exp(stats.maximum - maximum)
   e_NV = jnp.exp(z_NV - maximum)
