@@ -5,8 +5,8 @@ A Pallas backend is three functions of arrays (None for a tangent that is zero):
   gradients(h, W, y, c, lse)                      -> d_h [N, D], d_W [V, D]
   gradient_tangents(h, W, y, c, lse, s, h', W', c') -> d_h', d_W'
 `differentiable` makes of them what `score_weighted_loss` asks of a backend. Its tangent rules call
-kernels, and autodiff never looks inside one. What nobody reads (in a Hessian-vector product the
-gradients themselves) stands in a pallas_call of its own, which JAX then drops.
+kernels, and autodiff never looks inside one. The values stand in calls of their own: JAX drops
+those that nobody reads (in a Hessian-vector product, all), and `jax.linearize` can run them first.
 
 Under `axis_name` each shard of that mesh axis holds a slice of the vocabulary: the statistics are
 combined over it, [N] floats a collective, and the passes stay as they are.
@@ -46,12 +46,11 @@ def differentiable(backend: str, statistics: Callable, gradients: Callable, tang
   def _(axis_name, primals, tangents_in):
     h, w, y = primals
     dh, dw = _present(tangents_in[0], h), _present(tangents_in[1], w)
+    nll = token_nll(h, w, y, axis_name)
     if dh is None and dw is None:
-      nll = token_nll(h, w, y, axis_name)
       return nll, jnp.zeros_like(nll)
-    y = shard_targets(y, w, axis_name)
-    lse, target, mean, d_target = combined(h, w, y, axis_name, dh, dw)
-    return lse - target, _forward_only(mean - d_target, backend)
+    _, _, mean, d_target = combined(h, w, shard_targets(y, w, axis_name), axis_name, dh, dw)
+    return nll, _forward_only(mean - d_target, backend)
 
   @partial(jax.custom_jvp, nondiff_argnums=(4,))
   def nll_and_grads(h, w, y, c, axis_name=None):
@@ -64,9 +63,9 @@ def differentiable(backend: str, statistics: Callable, gradients: Callable, tang
     h, w, y, c = primals
     dh, dw, _, dc = tangents_in
     dh, dw, dc = _present(dh, h), _present(dw, w), _present(dc, c)
+    nll, *grads = nll_and_grads(h, w, y, c, axis_name)
     y = shard_targets(y, w, axis_name)
-    lse, target, mean, d_target = combined(h, w, y, axis_name, dh, dw)
-    nll, grads = lse - target, gradients(h, w, y, c, lse)
+    lse, _, mean, d_target = combined(h, w, y, axis_name, dh, dw)
     if mean is not None:
       d_nll, d_grads = mean - d_target, tangents(h, w, y, c, lse, mean, dh, dw, dc)
     else:  # the gradients are linear in the weights
