@@ -64,11 +64,11 @@ class Chip(NamedTuple):
 # Derived from FLOPs and bytes above against each chip's ratio of the two, not measured: v6e needs
 # 560 FLOPs a byte, v5e 240, v5p 166. First match by prefix of the device kind.
 CHIPS = {
-  "TPU v5 lite": Chip(128 << 20, 1, (1024, 1024), (512, 1024), (1024, 512), (512, 512)),
-  "TPU v6 lite": Chip(128 << 20, 1, (2048, 512), (512, 1024), (1024, 512), (512, 512)),
-  "TPU v5": Chip(64 << 20, 2, (1024, 512), (512, 512), (512, 512), (256, 512)),
+  "TPU v5 lite": Chip(128 << 20, 1, (1024, 1280), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v6 lite": Chip(128 << 20, 1, (2048, 640), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v5": Chip(64 << 20, 2, (1024, 640), (512, 640), (512, 640), (256, 640)),
   "TPU v4": Chip(16 << 20, 2, (512, 256), (256, 256), (256, 256), (128, 256)),
-  "TPU": Chip(64 << 20, 1, (1024, 512), (512, 512), (512, 512), (256, 512)),
+  "TPU": Chip(64 << 20, 1, (1024, 640), (512, 640), (512, 640), (256, 640)),
 }
 
 
@@ -89,15 +89,15 @@ def block_sizes(n, d, v, dtype, w_dtype, device: str, kernel: str) -> Blocks:
   """
   chip = next(chip for name, chip in CHIPS.items() if device.startswith(name))
   block_N, block_V = getattr(chip, kernel)
+  cores = chip.cores if kernel in ("gradients", "tangents") else 1
   while True:
-    # Evened out, so that the last block is nearly full.
     even_N = _round_up(pl.cdiv(n, pl.cdiv(n, block_N)), 16)
-    even_V = _round_up(pl.cdiv(v, pl.cdiv(v, block_V)), LANES)
+    even_V = _even_block(v, block_V, cores)
     needed = vmem_bytes(even_N, even_V, d, dtype, w_dtype, kernel)
     if needed <= chip.vmem_bytes * 7 // 8:
       break
     if block_V > LANES and block_V >= block_N:
-      block_V //= 2
+      block_V = _round_up(block_V // 2, LANES)
     elif block_N > 16:
       block_N //= 2
     else:
@@ -105,8 +105,18 @@ def block_sizes(n, d, v, dtype, w_dtype, device: str, kernel: str) -> Blocks:
         f"pallas_tpu: {kernel} with D = {d} needs {needed} bytes of VMEM in the smallest blocks, "
         f"{device} has {chip.vmem_bytes}; use backend='xla'"
       )
-  two = kernel in ("gradients", "tangents") and pl.cdiv(v, even_V) % chip.cores == 0
-  return Blocks(even_N, even_V, chip.cores if two else 1, chip.vmem_bytes * 15 // 16)
+  cores = cores if pl.cdiv(v, even_V) % cores == 0 else 1
+  return Blocks(even_N, even_V, cores, chip.vmem_bytes * 15 // 16)
+
+
+def _even_block(v, block_V, cores):
+  """The size up to block_V that divides the work among cores, is not small, and wastes least."""
+
+  def badness(size):
+    blocks = pl.cdiv(v, size)
+    return blocks % cores > 0, size <= block_V // 2, blocks * size, -size
+
+  return min(range(LANES, min(block_V, _round_up(v, LANES)) + 1, LANES), key=badness)
 
 
 def vmem_bytes(block_N, block_V, d, dtype, w_dtype, kernel) -> int:
