@@ -32,9 +32,10 @@ TARGETS = [
 
 
 @pytest.fixture(autouse=True)
-def on_cpu():
-  """The plugins are for compiling."""
+def on_cpu(monkeypatch):
+  """The plugins are for compiling. libtpu ends the process at a flag of conftest's for CPUs."""
   jax.config.update("jax_platforms", "cpu")
+  monkeypatch.delenv("XLA_FLAGS")
 
 
 def _backend(target):
@@ -76,7 +77,8 @@ def test_kernels_compile_small(target, V, order):
 def test_temporary_memory_is_a_tenth_of_the_dense_module(target, order):
   V = 32_000
   dense = _compile(target, "reference", order, V)
-  assert _largest_temporary(dense.as_text(), V) >= N * V  # so the search sees what it looks for
+  if target in ("v5e", "h100"):  # this libtpu prints modules for the others that JAX cannot read
+    assert _largest_temporary(dense.as_text(), V) >= N * V  # the search sees what it looks for
   assert _temp(_compile(target, _backend(target), order, V)) < _temp(dense) / 10
 
 
