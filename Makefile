@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: train test test-slow lint setup
+.PHONY: train test test-slow test-compile lint setup
 
 train: setup  ## meta-trains a rater on the demo corpus; ends in minutes with figures in runs/demo
 	$(BIN)/python train.py --workdir=$(WORKDIR)
@@ -13,6 +13,11 @@ test: setup lint  ## under 15 minutes on 2 cores
 
 test-slow: setup  ## the demo's promises, measured; kill -9
 	$(BIN)/python -m pytest -m slow
+
+# Compilers for TPUs and an H100 beside JAX disturb ordinary runs on CPU: an environment of their own.
+test-compile: .venv-compile/ready  ## the kernels compiled for TPU v5e, v5p, v6e and H100; no device needed
+	PATH="$$(echo $(CURDIR)/.venv-compile/lib/python*/site-packages/nvidia/cu13/bin):$$PATH" \
+	  .venv-compile/bin/python -m pytest -rs tests/test_compiled.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -24,6 +29,15 @@ setup: .venv/ready .cache/demo_corpus.jsonl
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv-compile/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-compile
+	.venv-compile/bin/python -m pip install --quiet --upgrade pip
+	.venv-compile/bin/python -m pip install --quiet jax dm-haiku optax chex hypothesis pytest libtpu
+	version=$$(.venv-compile/bin/python -c 'import jax; print(jax.__version__)'); \
+	  .venv-compile/bin/python -m pip install --quiet --no-deps nvidia-cuda-nvcc \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	touch $@
 
 .cache/demo_corpus.jsonl: .venv/ready demo_corpus.py

@@ -15,12 +15,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import datarater
 import meta_step
 import transformer
+from benchmarks import targets
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("T", 2, "inner steps")
@@ -32,27 +32,10 @@ flags.DEFINE_integer("seq", 2048, "tokens a sequence")
 flags.DEFINE_boolean("donate", False, "update in place: outputs wait in temp until inputs are dead")
 flags.DEFINE_integer("vocab", 32_000, "vocabulary")
 
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""  # an H100 SXM, from its datasheet
-
 
 def main(_):
   jax.config.update("jax_platforms", "cpu")
-  target = topologies.get_topology_desc(
-    platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H100
-  )
-  here = SingleDeviceSharding(target.devices[0])
+  here = SingleDeviceSharding(targets.device("h100"))
   options = dict(dtype="bfloat16")
   model = transformer.language_model(transformer.preset(FLAGS.model, FLAGS.vocab, **options))
   rater = datarater.rater(transformer.preset(FLAGS.rater, FLAGS.vocab, **options))

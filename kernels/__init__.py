@@ -3,12 +3,14 @@
   loss = sum_n weights[n] * nll[n],    nll = logsumexp(hidden @ unembedding.T) - logit of the target
 
 `score_weighted_loss` is the one public function; the backends behind it agree:
-  reference  dense float32, a few lines: the definition, for tests
-  xla        chunks of tokens in a scan, no [N, V] array at any order of differentiation
+  reference   dense float32, a few lines: the definition, for tests
+  xla         chunks of tokens in a scan, no [N, V] array at any order of differentiation
+  pallas_tpu  Mosaic kernels; in the interpreter where the machine has no TPU
+  pallas_gpu  Triton kernels beside the library's matmuls; in the interpreter without an NVIDIA GPU
 
-A gradient forms dhidden and dunembedding in its forward pass (the weights are known there): three
-matmuls, nothing recomputed. That pass is itself differentiable in forward mode, so
-`jax.jvp(jax.grad(loss))`, MixFlow-MG's Hessian-vector product, stays in chunks too.
+A gradient forms dhidden and dunembedding in its forward pass, where the weights are known. That
+pass is itself differentiable in forward mode, so `jax.jvp(jax.grad(loss))`, MixFlow-MG's
+Hessian-vector product, stays in blocks too. `xla` and `reference` also take jax.grad of jax.grad.
 
 Axes: N tokens, D model width, V vocabulary.
 """
@@ -19,9 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kernels import reference, xla
+from kernels import pallas_gpu, pallas_tpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla}
+BACKENDS = {
+  "reference": reference,
+  "xla": xla,
+  "pallas_tpu": pallas_tpu,
+  "pallas_gpu": pallas_gpu,
+}
 
 
 def score_weighted_loss(
@@ -31,28 +38,43 @@ def score_weighted_loss(
   weights: jax.Array,
   *,
   backend: str | None = None,
+  vocab_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (sum_n weights[n] * nll[n], nll): float32 [] and [N].
 
-  Args:
-    hidden: [N, D] float32 or bfloat16; the model's last hidden states.
-    unembedding: [V, D]; cast to hidden's dtype, products are accumulated in float32.
-    targets: [N] int32 in [0, V).
-    weights: [N]; 0 for a masked token (its nll is still computed).
-    backend: a name in BACKENDS; None takes `xla`.
+    Args:
+      hidden: [N, D] float32 or bfloat16; the model's last hidden states.
+      unembedding: [V, D]; cast to hidden's dtype, products are accumulated in float32.
+      targets: [N] int32 in [0, V).
+      weights: [N]; 0 for a masked token (its nll is still computed).
+      backend: a name in BACKENDS; None takes `default_backend()`.
+      vocab_axis: inside shard_map, the mesh axis that the vocabulary is sharded over: `unembedding`
+        is then this shard's rows, in the order of the axis, and `targets` still count from 0 to V.
 
-  Differentiable with respect to hidden, unembedding and weights, through either output. Reading
-  gradients off `nll` costs a second pass, off the loss alone it does not.
+  Inside shard_map, pass check_vma=False to it and differentiate the sharded function from outside:
+  gradients of what is replicated are summed over the shards there.
 
-  Raises:
-    ValueError: for shapes or dtypes that do not fit, or an unknown backend.
+    Differentiable with respect to hidden, unembedding and weights, through either output. Reading
+    gradients off `nll` costs a second pass, off the loss alone it does not.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, or an unknown backend.
   """
-  name = backend or "xla"
+  name = backend or default_backend()
   if name not in BACKENDS:
     raise ValueError(f"unknown loss backend {name!r}; choose one of {', '.join(BACKENDS)}")
   _check(hidden, unembedding, targets, weights)
   weights = weights.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-  return _loss(name, hidden, unembedding, targets, weights)
+  if name.startswith("pallas") and hidden.dtype not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(
+      f"hidden is {hidden.dtype}: {name} takes float32 and bfloat16, backend='xla' any float"
+    )
+  return _loss(name, vocab_axis, hidden, unembedding, targets, weights)
+
+
+def default_backend() -> str:
+  """`xla` on every platform: on TPU and GPU until a benchmark on hardware has shown it slower."""
+  return "xla"
 
 
 def _check(hidden, unembedding, targets, weights):
@@ -71,31 +93,35 @@ def _check(hidden, unembedding, targets, weights):
     raise ValueError(f"hidden, unembedding and weights must be floating: {shapes}")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(backend, hidden, unembedding, targets, weights):
-  nll = BACKENDS[backend].token_nll(hidden, unembedding, targets)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(backend, vocab_axis, hidden, unembedding, targets, weights):
+  nll = BACKENDS[backend].token_nll(hidden, unembedding, targets, vocab_axis)
   return jnp.sum(weights * nll), nll
 
 
-def _loss_fwd(backend, hidden, unembedding, targets, weights):
+def _loss_fwd(backend, vocab_axis, hidden, unembedding, targets, weights):
   perturbed = hidden.perturbed or unembedding.perturbed
   hidden, unembedding, targets, weights = (x.value for x in (hidden, unembedding, targets, weights))
   if not perturbed:  # only d loss / d weights = nll is asked for: no gradient matmuls
-    nll = BACKENDS[backend].token_nll(hidden, unembedding, targets)
+    nll = BACKENDS[backend].token_nll(hidden, unembedding, targets, vocab_axis)
     return (jnp.sum(weights * nll), nll), (None, None, nll, None)
   nll, d_hidden, d_unembedding = BACKENDS[backend].nll_and_grads(
-    hidden, unembedding, targets, weights
+    hidden, unembedding, targets, weights, vocab_axis
   )
   inputs = (hidden, unembedding, targets)
   return (jnp.sum(weights * nll), nll), (d_hidden, d_unembedding, nll, inputs)
 
 
-def _loss_bwd(backend, residuals, cotangents):
+def _loss_bwd(backend, vocab_axis, residuals, cotangents):
   d_hidden, d_unembedding, nll, inputs = residuals
   ct_loss, ct_nll = cotangents
   if isinstance(ct_loss, SymbolicZero):
     ct_loss = jnp.zeros((), nll.dtype)
-  ct_weights = ct_loss * nll
+  weights_share = ct_loss
+  if vocab_axis is not None:  # every shard's loss depends on this shard's hidden and unembedding
+    ct_loss = jax.lax.psum(ct_loss, vocab_axis)
+    ct_nll = ct_nll if isinstance(ct_nll, SymbolicZero) else jax.lax.psum(ct_nll, vocab_axis)
+  ct_weights = weights_share * nll
   if inputs is None:
     return None, None, None, ct_weights
   ct_hidden = ct_loss.astype(d_hidden.dtype) * d_hidden
@@ -103,7 +129,7 @@ def _loss_bwd(backend, residuals, cotangents):
   if not isinstance(
     ct_nll, SymbolicZero
   ):  # nll was used on its own: a pass weighted by its cotangent
-    _, more_hidden, more_unembedding = BACKENDS[backend].nll_and_grads(*inputs, ct_nll)
+    _, more_hidden, more_unembedding = BACKENDS[backend].nll_and_grads(*inputs, ct_nll, vocab_axis)
     ct_hidden, ct_unembedding = ct_hidden + more_hidden, ct_unembedding + more_unembedding
   return ct_hidden, ct_unembedding, None, ct_weights
 

@@ -11,17 +11,19 @@ to a multiple of the chunk with tokens of weight 0: at most one chunk, chunks ar
 import jax
 import jax.numpy as jnp
 
+from kernels.second_order import combine_lse, shard_targets
+
 CHUNK_ELEMENTS = 2**25  # logits per chunk, at most: 128 MiB in float32
 
 
-def token_nll(hidden, unembedding, targets):
+def token_nll(hidden, unembedding, targets, vocab_axis=None):
   """[N, D], [V, D], [N] -> nll [N] float32."""
   unembedding = unembedding.astype(hidden.dtype)
+  targets = shard_targets(targets, unembedding, vocab_axis)
 
   def chunk(hidden_CD, targets_C):
     logits_CV = _matmul(hidden_CD, unembedding.T)
-    is_target_CV = _one_hot(targets_C, logits_CV)
-    return jax.nn.logsumexp(logits_CV, -1) - jnp.sum(logits_CV, -1, where=is_target_CV)
+    return _lse_and_nll(logits_CV, _one_hot(targets_C, logits_CV), vocab_axis)[1]
 
   (hidden, targets), n = _split((hidden, targets), unembedding.shape[0])
   if len(hidden) == 1:
@@ -30,18 +32,18 @@ def token_nll(hidden, unembedding, targets):
   return nll.reshape(-1)[:n]
 
 
-def nll_and_grads(hidden, unembedding, targets, weights):
+def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
   """Also d(sum_n weights[n] nll[n]) / d hidden [N, D] and / d unembedding [V, D].
 
   Differentiable again, forward (MixFlow-MG) or reverse, still one chunk at a time.
   """
   table = unembedding.astype(hidden.dtype)
+  targets = shard_targets(targets, unembedding, vocab_axis)
 
   def chunk(hidden_CD, targets_C, weights_C):
     logits_CV = _matmul(hidden_CD, table.T)
     is_target_CV = _one_hot(targets_C, logits_CV)
-    lse_C = jax.nn.logsumexp(logits_CV, -1)
-    nll_C = lse_C - jnp.sum(logits_CV, -1, where=is_target_CV)
+    lse_C, nll_C = _lse_and_nll(logits_CV, is_target_CV, vocab_axis)
     d_logits_CV = weights_C[:, None] * (jnp.exp(logits_CV - lse_C[:, None]) - is_target_CV)
     d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
     d_hidden_CD = _matmul(d_logits_CV, table).astype(hidden_CD.dtype)
@@ -61,6 +63,12 @@ def nll_and_grads(hidden, unembedding, targets, weights):
   d_table, (nll, d_hidden) = jax.lax.scan(step, zero, (hidden, targets, weights))
   d_hidden = d_hidden.reshape(-1, d_hidden.shape[-1])[:n]
   return nll.reshape(-1)[:n], d_hidden, d_table.astype(unembedding.dtype)
+
+
+def _lse_and_nll(logits_CV, is_target_CV, vocab_axis):
+  lse_C = combine_lse(jax.nn.logsumexp(logits_CV, -1), vocab_axis)
+  target_C = jnp.sum(logits_CV, -1, where=is_target_CV)
+  return lse_C, lse_C - (target_C if vocab_axis is None else jax.lax.psum(target_C, vocab_axis))
 
 
 def _split(arrays, vocabulary):

@@ -3,6 +3,10 @@
 Axes: N tokens, D model width, V vocabulary.
 """
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,22 +14,54 @@ import pytest
 from conftest import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
+import inner_loop
 import kernels
-from kernels import score_weighted_loss, xla
+import meta_step
+import transformer
+from benchmarks import loss
+from kernels import block_math, pallas_gpu, pallas_tpu, score_weighted_loss, xla
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "no_races")
 
 N, D, V = 37, 96, 1003
 BACKENDS = sorted(kernels.BACKENDS)
-# Sums of up to V rounded terms, in units of the last place of the products' inputs.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+PALLAS = ["pallas_gpu", "pallas_tpu"]
+PLAIN = sorted(set(BACKENDS) - set(PALLAS))
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
-@pytest.fixture(params=[1, 5], ids=["one_chunk", "five_chunks"])
-def chunks(request, monkeypatch):
-  """Five chunks of N = 37 tokens: 8 rows each, the last with 3 rows of padding."""
-  monkeypatch.setattr(xla, "CHUNK_ELEMENTS", -(-N * V // request.param))
+@pytest.fixture(params=[1, 5], ids=["one_block", "many_blocks"])
+def blocks(request, monkeypatch):
+  """The default sizes, by which N = 37 tokens are one block; or many blocks, the last ragged."""
+  if request.param > 1:
+    _small_blocks(monkeypatch)
+
+
+def _small_blocks(monkeypatch, cores=2):
+  monkeypatch.setattr(xla, "CHUNK_ELEMENTS", -(-N * V // 5))  # 8 rows each, the last with 3 of pad
+  chip = pallas_tpu.Chip(64 << 20, cores, *[(16, 256)] * 4)  # 3 x 4 blocks, 2 x 3 x 2 in 2 cores
+  monkeypatch.setattr(pallas_tpu, "CHIPS", {"": chip})
+  chip = pallas_gpu.Chip(99 << 10, (16, 128, 32), (16, 64, 64), 4, 2)
+  monkeypatch.setattr(pallas_gpu, "CHIPS", {"": chip})
+  monkeypatch.setattr(pallas_gpu, "CHUNK_ELEMENTS", 0)  # 1,024 columns at least: one chunk of V
+
+
+@pytest.fixture
+def no_effects(monkeypatch):
+  """The interpreter that watches works by callbacks, which remat refuses; kernels have none."""
+  monkeypatch.setattr(pallas_tpu, "INTERPRET", True)
+
+
+@pytest.fixture
+def no_races(monkeypatch, capfd):
+  """The TPU interpreter watches for races and reads past the end; a copy runs when waited for."""
+  watchful = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
+  monkeypatch.setattr(pallas_tpu, "INTERPRET", watchful)
+  yield
+  pltpu.reset_tpu_interpret_mode_state()  # needed after a failure
+  assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def _inputs(dtype="float32", n=N, d=D, v=V, seed=0):
@@ -63,7 +99,7 @@ def _loss(backend, targets):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_value_and_gradients_are_the_dense_ones(backend, dtype, chunks):
+def test_value_and_gradients_are_the_dense_ones(backend, dtype, blocks):
   hidden, unembedding, targets, weights = inputs = _inputs(dtype)
   nll, d_hidden, d_unembedding = _dense(*inputs)
   loss, actual_nll = score_weighted_loss(*inputs, backend=backend)
@@ -77,24 +113,67 @@ def test_value_and_gradients_are_the_dense_ones(backend, dtype, chunks):
   assert not grads[0][::3].any()  # weight 0: a masked token has no gradient at all
 
 
+def _dense_product(point, along, targets):
+  """The derivative of (d hidden, d unembedding, d weights) along `along`: central differences.
+
+  In float64 with a step of 1e-5 they are exact to about 1e-9.
+  """
+  point, along = _wide(*point), _wide(*along)
+
+  def gradient(h):
+    hidden, unembedding, weights = (x + h * d for x, d in zip(point, along, strict=True))
+    nll, d_hidden, d_unembedding = _dense(hidden, unembedding, targets, weights)
+    return d_hidden, d_unembedding, nll
+
+  h = 1e-5
+  return [(p - m) / (2 * h) for p, m in zip(gradient(h), gradient(-h), strict=True)]
+
+
+@pytest.mark.parametrize("perturbed", ["all", "hidden", "unembedding", "weights"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_over_reverse_is_the_dense_one(backend, dtype, perturbed, monkeypatch):
+  """Along all inputs, and along one alone, where the tangents of the others are symbolic zeros."""
+  _small_blocks(monkeypatch, cores=1)
+  hidden, unembedding, targets, weights = _inputs(dtype)
+  point = dict(hidden=hidden, unembedding=unembedding, weights=weights)
+  rng = np.random.default_rng(1)
+  along = {k: jnp.asarray(rng.normal(size=x.shape), x.dtype) for k, x in point.items()}
+  moving = {k: x for k, x in point.items() if perturbed in ("all", k)}
+  still = {k: x for k, x in point.items() if k not in moving}
+  along = {k: x if k in moving else jnp.zeros_like(x) for k, x in along.items()}
+  grad = jax.grad(_loss(backend, targets), (0, 1, 2))
+
+  def product(moving, tangents):
+    at = lambda moving: grad(*(moving.get(k, still.get(k)) for k in point))
+    return jax.jvp(at, (moving,), (tangents,))[1]
+
+  actual = jax.jit(product)(moving, {k: along[k] for k in moving})
+  expected = _dense_product(point.values(), along.values(), targets)
+  assert_close(list(actual), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linearized_gradient_is_the_product(backend, no_effects):
+  hidden, unembedding, targets, weights = _inputs()
+  point = hidden, unembedding, weights
+  grads, product = jax.linearize(jax.grad(_loss(backend, targets), (0, 1, 2)), *point)
+  nll, d_hidden, d_unembedding = _dense(*_inputs())
+  assert_close(list(grads), [d_hidden, d_unembedding, nll], TOLERANCE["float32"])
+  expected = _dense_product(point, point, targets)
+  assert_close(list(product(*point)), expected, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_reverse"])
-def test_second_derivatives_are_differences_of_the_dense_gradient(x64, backend, mode, chunks):
+def test_second_derivatives_are_differences_of_the_dense_gradient(x64, backend, mode, blocks):
   """d/dh of a projection of (d hidden, d unembedding, d weights) on random directions."""
   hidden, unembedding, targets, weights = _inputs("float64")
   point = hidden, unembedding, weights.astype(jnp.float64)
   rng = np.random.default_rng(1)
   along, onto = ([jnp.asarray(rng.normal(size=x.shape)) for x in point] for _ in range(2))
   grad = jax.grad(_loss(backend, targets), (0, 1, 2))
-
-  def dense_gradient(h):
-    hidden, unembedding, weights = (x + h * d for x, d in zip(point, along, strict=True))
-    nll, d_hidden, d_unembedding = _dense(hidden, unembedding, targets, weights)
-    return d_hidden, d_unembedding, nll
-
-  h = 1e-5
-  pairs = zip(dense_gradient(h), dense_gradient(-h), strict=True)
-  expected = [(plus - minus) / (2 * h) for plus, minus in pairs]
+  expected = _dense_product(point, along, targets)
   if mode == "forward_over_reverse":
     actual = jax.jit(lambda *x: jax.jvp(grad, x, tuple(along))[1])(*point)
     assert_close(list(actual), expected, 1e-6)
@@ -107,7 +186,7 @@ def test_second_derivatives_are_differences_of_the_dense_gradient(x64, backend, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_through_nll_takes_its_cotangent_as_weights(backend, chunks):
+def test_gradient_through_nll_takes_its_cotangent_as_weights(backend, blocks):
   hidden, unembedding, targets, weights = _inputs()
   cotangent = jnp.asarray(np.random.default_rng(2).normal(size=N), jnp.float32)
 
@@ -132,7 +211,7 @@ def test_gradient_of_the_weights_alone_is_nll_and_forms_no_other(backend):
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_extreme_logits_stay_exact(backend, sign, chunks):
+def test_extreme_logits_stay_exact(backend, sign, blocks):
   """One logit of +-10^4 for the target of each token: nll = 0 or 10^4 more than the best other."""
   hidden, unembedding, targets, weights = _inputs()
   hidden = hidden.at[:, 0].set(100.0)
@@ -142,18 +221,18 @@ def test_extreme_logits_stay_exact(backend, sign, chunks):
   nll, d_hidden, d_unembedding = _dense(*inputs)
   loss, actual = score_weighted_loss(*inputs, backend=backend)
   assert np.abs(actual - nll).max() < 1e4 * TOLERANCE["float32"]
-  grads = jax.grad(_loss(backend, targets), (0, 1))(hidden, unembedding, weights)
+  grads = jax.jit(jax.grad(_loss(backend, targets), (0, 1)))(hidden, unembedding, weights)
   scale = 100.0 * np.abs(weights).sum()
   assert np.abs(grads[0] - d_hidden).max() < TOLERANCE["float32"] * scale
   assert np.abs(grads[1] - d_unembedding).max() < TOLERANCE["float32"] * scale
   tangents = [jnp.ones_like(x) for x in (hidden, unembedding)]
   grad = jax.grad(lambda h, w: _loss(backend, targets)(h, w, weights), (0, 1))
-  products = jax.jvp(grad, (hidden, unembedding), tuple(tangents))[1]
+  products = jax.jit(lambda *x: jax.jvp(grad, x, tuple(tangents))[1])(hidden, unembedding)
   assert all(np.isfinite(x).all() for x in (loss, *products))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_composes_with_vmap_jit_checkpoint_and_scan(backend, chunks):
+def test_composes_with_vmap_jit_checkpoint_and_scan(backend, blocks, no_effects):
   members = [_inputs(seed=seed) for seed in (0, 1)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
 
@@ -173,6 +252,16 @@ def test_composes_with_vmap_jit_checkpoint_and_scan(backend, chunks):
   assert_close(in_scan, expected, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("backend", PALLAS)
+def test_reverse_over_reverse_through_pallas_names_the_backends_that_can(backend):
+  hidden, unembedding, targets, weights = _inputs(n=4, d=3, v=5)
+  grad = jax.grad(_loss(backend, targets), (0, 1, 2))
+  for i in range(3):
+    projected = lambda h, i=i: jnp.sum(grad(h, unembedding, weights)[i])
+    with pytest.raises(NotImplementedError, match=f"the {backend} loss.*'xla' or 'reference'"):
+      jax.grad(projected)(hidden)
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
   n=st.integers(1, 9),
@@ -182,13 +271,115 @@ def test_composes_with_vmap_jit_checkpoint_and_scan(backend, chunks):
   seed=st.integers(0, 99),
 )
 def test_any_shape_in_any_chunks_is_the_dense_loss(n, d, v, elements, seed):
-  hidden, unembedding, targets, weights = inputs = _inputs(n=n, d=d, v=v, seed=seed)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(xla, "CHUNK_ELEMENTS", elements)
-    loss = jax.value_and_grad(lambda *x: score_weighted_loss(*x, targets, weights), (0, 1), True)
-    (_, nll), grads = jax.jit(loss)(hidden, unembedding)
-  for actual, expected in zip((nll, *grads), _dense(*inputs), strict=True):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * (1 + np.abs(expected).max()))
+    _check_all_orders("xla", n, d, v, seed)
+
+
+@pytest.mark.parametrize("backend", PALLAS)
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(n=st.integers(1, 50), d=st.integers(1, 40), v=st.integers(1, 600), seed=st.integers(0, 99))
+def test_any_shape_in_any_blocks_is_the_dense_loss(backend, n, d, v, seed):
+  with pytest.MonkeyPatch.context() as patch:
+    _small_blocks(patch)
+    _check_all_orders(backend, n, d, v, seed)
+
+
+def _check_all_orders(backend, n, d, v, seed):
+  hidden, unembedding, targets, weights = inputs = _inputs(n=n, d=d, v=v, seed=seed)
+  point = hidden, unembedding, weights
+  loss = lambda *x: score_weighted_loss(*x[:2], targets, x[2], backend=backend)
+  grad = jax.grad(lambda *x: loss(*x)[0], (0, 1, 2))
+  nll, grads, product = jax.jit(lambda *x: (loss(*x)[1], grad(*x), jax.jvp(grad, x, x)[1]))(*point)
+  expected, d_hidden, d_unembedding = _dense(*inputs)
+  expected = expected, d_hidden, d_unembedding, expected, *_dense_product(point, point, targets)
+  for a, e in zip((nll, *grads, *product), expected, strict=True):
+    np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * (1 + np.abs(e).max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_product_under_vmap_and_checkpoint_is_that_of_each_member(backend, blocks, no_effects):
+  members = [_inputs(n=20, d=8, v=150, seed=seed) for seed in (0, 1)]
+  hidden, unembedding, targets, weights = jax.tree.map(lambda *x: jnp.stack(x), *members)
+
+  def product(hidden, unembedding, targets, weights):
+    grad = jax.grad(jax.checkpoint(_loss(backend, targets)), (0, 1, 2))
+    point = hidden, unembedding, weights
+    return jax.jvp(grad, point, point)[1]
+
+  actual = jax.jit(jax.vmap(product))(hidden, unembedding, targets, weights)
+  for i, (h, w, y, c) in enumerate(members):
+    expected = _dense_product((h, w, c), (h, w, c), y)
+    assert_close([x[i] for x in actual], expected, TOLERANCE["float32"])
+
+
+def test_sharded_over_tokens_and_vocabulary():
+  """On 8 devices, which this process does not have."""
+  here = os.path.dirname(__file__)
+  environment = os.environ | {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+    "PYTHONPATH": os.path.dirname(here),
+  }
+  script = os.path.join(here, "sharded_loss.py")
+  run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr[-2000:]
+  assert run.stdout.split() == BACKENDS
+
+
+def test_statistics_of_a_shard_ignore_a_target_past_its_last_column():
+  z = jnp.zeros((1, 4))
+  column = jnp.arange(4)[None]
+  stats = block_math.fold(block_math.empty(1, False), z, None, column == 3, column < 3)
+  lse, target, _, _ = block_math.finish(stats)
+  assert target == 0 and abs(lse - np.log(3)) < 1e-6
+
+
+def test_merged_statistics_are_those_of_all_columns():
+  rng = np.random.default_rng(0)
+  z, dz = jnp.asarray(rng.normal(size=(2, 5, 12)) * 30, jnp.float32)
+  hit = jnp.arange(12)[None] == jnp.asarray(rng.integers(12, size=(5, 1)))
+  valid = jnp.ones_like(hit)
+  empty = block_math.empty(5, True)
+  whole = block_math.finish(block_math.fold(empty, z, dz, hit, valid))
+  halves = [
+    block_math.fold(empty, z[:, h], dz[:, h], hit[:, h], valid[:, h])
+    for h in (slice(0, 5), slice(5, 12))
+  ]
+  merged = block_math.merge(jax.tree.map(lambda *x: jnp.stack(x), *halves))
+  assert_close(block_math.finish(merged), whole, 1e-6)
+  one_by_one = empty
+  for i in range(12):
+    at = slice(i, i + 1)
+    one_by_one = block_math.fold(one_by_one, z[:, at], dz[:, at], hit[:, at], valid[:, at])
+  assert_close(block_math.finish(one_by_one), whole, 1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["statistics", "gradients", "tangent_statistics", "tangents"])
+@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_tpu_blocks_fit_in_vmem_at_any_width(device, kernel):
+  chip = next(chip for name, chip in pallas_tpu.CHIPS.items() if device.startswith(name))
+  for d in (1, 1280, 4096):
+    b = pallas_tpu.block_sizes(16384, d, 256_000, "bfloat16", "float32", device, kernel)
+    size = pallas_tpu.vmem_bytes(b.block_N, b.block_V, d, "bfloat16", "float32", kernel)
+    assert size < b.vmem_limit_bytes < chip.vmem_bytes
+    assert b.block_N % 16 == b.block_V % 128 == 0
+  assert (b.cores == 2) == (device == "TPU v5" and kernel in ("gradients", "tangents"))
+  with pytest.raises(ValueError, match="D = 1000000 needs .* bytes of VMEM.*xla"):
+    pallas_tpu.block_sizes(16384, 10**6, 256_000, "bfloat16", "float32", device, kernel)
+
+
+def test_blocks_of_a_400m_model_are_these():
+  tpu = lambda device, kernel: pallas_tpu.block_sizes(
+    16384, 1280, 32_000, "bfloat16", "float32", device, kernel
+  )[:3]
+  assert tpu("TPU v5 lite", "gradients") == (512, 1280, 1)
+  assert tpu("TPU v5", "tangents") == (256, 640, 2)
+  assert tpu("TPU v6 lite", "statistics") == (2048, 640, 1)
+  gpu = lambda device, tangents: pallas_gpu.block_sizes(
+    16384, 1280, 32_000, "bfloat16", device, tangents
+  )[:4]
+  assert gpu("NVIDIA H100 80GB HBM3", False) == (128, 256, 64, 1280)
+  assert gpu("NVIDIA A100-SXM4-40GB", True) == (128, 128, 32, 1280)
 
 
 def test_chunked_loss_forms_no_logits_of_all_tokens_at_any_order(monkeypatch, jaxpr_shapes):
@@ -216,10 +407,58 @@ def test_chunked_loss_forms_no_logits_of_all_tokens_at_any_order(monkeypatch, ja
     (dict(weights=jnp.ones((N, 1))), rf"must be \[N\].*weights float32\[{N}, 1\]"),
     (dict(targets=jnp.ones(N)), rf"must be integers.*targets float32\[{N}\]"),
     (dict(weights=jnp.ones(N, jnp.int32)), rf"must be floating.*weights int32\[{N}\]"),
-    (dict(backend="cuda"), "'cuda'.*reference, xla"),
+    (dict(backend="cuda"), "'cuda'.*reference, xla, pallas_tpu, pallas_gpu"),
+    (dict(hidden=jnp.ones((N, D), jnp.float16), backend="pallas_gpu"), "hidden is float16.*'xla'"),
   ],
 )
 def test_inputs_that_do_not_fit_are_named_with_their_shapes(changes, message):
   names = ("hidden", "unembedding", "targets", "weights")
   with pytest.raises(ValueError, match=message):
     score_weighted_loss(**(dict(zip(names, _inputs(), strict=True)) | changes))
+
+
+@pytest.mark.parametrize("order, minimum", loss.MINIMUM.items())
+def test_matmul_units(monkeypatch, order, minimum):
+  """In 2 N D V FLOPs: the minimum dense and in chunks; kernels form the logits once more."""
+  monkeypatch.setattr(pallas_tpu, "DEVICE", "TPU v5 lite")
+  monkeypatch.setattr(pallas_gpu, "DEVICE", "NVIDIA H100 80GB HBM3")
+  n, d, v = 2048, 256, 32_000
+  for backend in BACKENDS:
+    shapes = loss.inputs(n, d, v, "bfloat16", order)
+    units = loss.matmul_flops(None, loss.orders(backend)[order], *shapes) / (2 * n * d * v)
+    more = {"value": 0, "gradient": 1, "product": 3}[order] if backend in PALLAS else 0
+    assert units == pytest.approx(minimum + more, rel=1e-2), backend
+
+
+def test_matmul_counter_on_a_known_case():
+  a = jnp.ones((3, 4))
+  body = lambda x, _: (x @ x.T @ a + jax.lax.cond(x[0, 0] > 0, lambda: x, lambda: 2 * x), None)
+  loop = lambda a: (jax.lax.scan(body, a, None, length=5)[0], a @ a.T)[0]
+  one = 2 * 3 * 3 * 4  # x [3, 4]: x x^T and its product with a cost the same
+  assert loss.matmul_flops(None, jax.jit(loop), a) == 5 * 2 * one  # what is not returned is free
+
+
+@pytest.mark.parametrize("backend", PALLAS)
+def test_meta_gradient_through_two_inner_steps(backend, no_effects):
+  """Inner and outer loss of a language model on one backend: the meta-gradient is that of `xla`."""
+  config = transformer.TransformerConfig(
+    vocab_size=50, d_model=16, n_layers=1, n_heads=2, head_dim=8, d_ff=32, remat=True
+  )
+  tokens = jax.random.randint(jax.random.key(0), (3, 2, 12), 0, 50)
+  batches = transformer.Batch(tokens, jnp.ones_like(tokens))
+  inner, outer = (jax.tree.map(lambda x, i=i: x[i], batches) for i in (slice(0, 2), 2))
+  optimizer = meta_step.inner_adamw()
+
+  def meta_gradient(backend):
+    model = transformer.language_model(config, backend)
+    state = inner_loop.init(optimizer, model.init(jax.random.key(1)))
+
+    def outer_loss(weights):
+      last, _ = inner_loop.unroll(model.loss, optimizer, state, weights, inner)
+      return model.loss(last.params, jnp.full(2, 0.5), outer)[0]
+
+    return jax.jit(jax.grad(outer_loss))(jnp.asarray([[0.7, 0.3], [0.4, 0.6]]))
+
+  expected = meta_gradient("xla")
+  assert np.abs(expected).max() > 0
+  assert_close(meta_gradient(backend), expected, 1e-4)

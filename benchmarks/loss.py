@@ -1,0 +1,234 @@
+"""One table of the score-weighted loss: backends x orders x sizes, on the device here or compiled.
+
+  python benchmarks/loss.py                  # time, memory, matmul units; on a GPU under 8 minutes
+  python benchmarks/loss.py --target=h100    # compile only, for a device that this machine has not
+  python benchmarks/loss.py --sizes=16384x1280x32000 --backends=xla,pallas_gpu
+
+Orders: value; gradient by hidden, unembedding and weights; product = jax.jvp of that gradient along
+all three (forward over reverse), the gradient itself not read. `units` counts matmul FLOPs in
+2 N D V, walked out of the jaxpr with its trip counts; the minimum is 1, 3 and 7. `rate` is that
+minimum of FLOPs over the time, as a share of what a large matmul of the same dtype reaches here.
+`temp` is of the compiled module. On a CPU the Pallas backends are not timed: there they run in an
+interpreter. Tokamax, Liger and Cut Cross Entropy stand in the table where they are installed
+(gradient by hidden and unembedding, unweighted).
+
+Axes: N tokens, D model width, V vocabulary.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+from benchmarks import targets
+from kernels import pallas_gpu, pallas_tpu, score_weighted_loss
+
+MINIMUM = {"value": 1, "gradient": 3, "product": 7}
+SIZES = {
+  "cpu": ["512x256x4096", "1024x256x32000"],
+  "accelerator": ["4096x1280x32000", "16384x1280x32000", "16384x1280x256000"],
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--target", choices=targets.NAMES, help="compile for it and run nothing")
+  parser.add_argument("--backends", help="comma-separated; default: those made for the device")
+  parser.add_argument("--sizes", help="comma-separated NxDxV")
+  parser.add_argument("--dtype", help="of hidden; default float32 on CPU, else bfloat16")
+  parser.add_argument("--repeats", type=int, default=7)
+  args = parser.parse_args()
+
+  if args.target:
+    jax.config.update("jax_platforms", "cpu")
+  platform = args.target or jax.default_backend()
+  pallas_tpu.INTERPRET = True  # the default interpreter's callbacks keep what nobody reads
+  kind = "cpu" if platform == "cpu" else "gpu" if platform in ("gpu", "h100") else "tpu"
+  ours = {"gpu": ["pallas_gpu"], "tpu": ["pallas_tpu"], "cpu": ["pallas_gpu", "pallas_tpu"]}[kind]
+  backends = args.backends.split(",") if args.backends else ["reference", "xla", *ours]
+  sizes = args.sizes.split(",") if args.sizes else SIZES["cpu" if kind == "cpu" else "accelerator"]
+  dtype = args.dtype or ("float32" if kind == "cpu" else "bfloat16")
+  run = args.target is None
+  name = targets.device(args.target).device_kind if args.target else jax.devices()[0].device_kind
+  peak = matmul_rate(dtype, 1024 if kind == "cpu" else 8192) if run else math.nan
+  print(
+    f"{name}, jax {jax.__version__}, hidden {dtype}, unembedding float32, "
+    + (f"matmul {peak / 1e12:.2f} TFLOP/s, minimum of {args.repeats}" if run else "compiled only")
+  )
+  print(f"{'N x D x V':20}{'order':10}{'backend':14}{'units':>6}{'temp MB':>11}{'/ dense':>9}"
+        f"{'ms':>10}{'median':>10}{'rate':>7}")  # fmt: skip
+  for size in sizes:
+    N, D, V = map(int, size.split("x"))
+    flops = 2 * N * D * V
+    dense = {}
+    for backend in backends:
+      for order in MINIMUM:
+        row = f"{size:20}{order:10}{backend:14}"
+        shapes = inputs(N, D, V, dtype, order)
+        function = orders(backend)[order]
+        units = matmul_flops(args.target, function, *shapes) / flops
+        try:
+          interpreted = kind == "cpu" and backend.startswith("pallas")
+          if interpreted:
+            print(f"{row}{units:6.2f}{'  interpreter'}", flush=True)
+            continue
+          compiled = (
+            jax.jit(function).lower(*shapes).compile()
+            if run
+            else targets.compile_for(args.target, function, *shapes)
+          )
+          temp = compiled.memory_analysis().temp_size_in_bytes
+          dense[order] = temp if backend == "reference" else dense.get(order, math.nan)
+          row += f"{units:6.2f}{temp / 1e6:11.1f}{temp / dense[order]:9.4f}"
+          if run:
+            low, median = seconds(compiled, shapes, V, args.repeats)
+            rate = MINIMUM[order] * flops / low / peak
+            row += f"{low * 1e3:10.2f}{median * 1e3:10.2f}{rate:7.0%}"
+        except Exception as error:  # does not fit: the table goes on
+          if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+          row += "  does not fit in memory"
+        print(row, flush=True)
+    for library, low in others(N, D, V, args.repeats) if run else ():
+      print(f"{size:20}{'gradient':10}{library:14}{'':26}{low * 1e3:10.2f}{'':10}"
+            f"{3 * flops / low / peak:7.0%}", flush=True)  # fmt: skip
+
+
+def orders(backend):
+  """name -> function of (targets, hidden, unembedding, weights[, their tangents])."""
+
+  def value(targets, *point):
+    return score_weighted_loss(*point[:2], targets, point[2], backend=backend)
+
+  def gradient(targets, *point):
+    return jax.grad(lambda *x: value(targets, *x)[0], (0, 1, 2))(*point)
+
+  def product(targets, *x):
+    return jax.jvp(lambda *point: gradient(targets, *point), x[:3], x[3:])[1]
+
+  return {"value": value, "gradient": gradient, "product": product}
+
+
+def inputs(N, D, V, dtype, order):
+  """The shapes of an order's arguments; the unembedding is a float32 parameter."""
+  shape = jax.ShapeDtypeStruct
+  point = [shape((N, D), dtype), shape((V, D), jnp.float32), shape((N,), jnp.float32)]
+  return shape((N,), jnp.int32), *point * (2 if order == "product" else 1)
+
+
+def matmul_flops(target, function, *shapes) -> float:
+  """FLOPs of the matmuls that `function` needs for its results, in loops and kernels too."""
+  kind = targets.device(target).device_kind if target else None
+  before = pallas_gpu.DEVICE, pallas_tpu.DEVICE
+  pallas_gpu.DEVICE, pallas_tpu.DEVICE = kind or before[0], kind or before[1]
+  try:
+    jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
+  finally:
+    pallas_gpu.DEVICE, pallas_tpu.DEVICE = before
+  return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _flops(jaxpr):
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+      contracted = [equation.invars[0].aval.shape[i] for i in params["dimension_numbers"][0][0]]
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(contracted)
+      continue
+    inner = [
+      _flops(getattr(x, "jaxpr", x))
+      for x in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+      if hasattr(x, "eqns")
+    ]
+    if name == "scan":
+      total += params["length"] * sum(inner)
+    elif name == "pallas_call":
+      total += math.prod(params["grid_mapping"].grid) * sum(inner)
+    elif name == "cond":
+      total += max(inner)
+    elif name == "while" and any(inner):
+      raise ValueError("a matmul in a loop whose trip count is not in the jaxpr")
+    else:
+      total += sum(inner)
+  return total
+
+
+def seconds(compiled, shapes, V, repeats):
+  """(minimum, median) of `repeats` runs on random inputs."""
+  key = jax.random.key(0)
+  arrays = [
+    jax.random.randint(key, s.shape, 0, V, s.dtype)
+    if s.dtype == jnp.int32
+    else jax.random.normal(jax.random.fold_in(key, i), s.shape, s.dtype) / s.shape[-1] ** 0.5
+    for i, s in enumerate(shapes)
+  ]
+  return _timed(lambda: jax.block_until_ready(compiled(*arrays)), repeats)
+
+
+def matmul_rate(dtype, n) -> float:
+  """FLOPs per second of an [n, n] x [n, n] product."""
+  a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+  product = jax.jit(lambda a: a @ a)
+  return 2 * n**3 / _timed(lambda: jax.block_until_ready(product(a)), 9)[0]
+
+
+def _timed(run, repeats):
+  run()
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    run()
+    times.append(time.perf_counter() - start)
+  return min(times), statistics.median(times)
+
+
+def others(N, D, V, repeats):
+  """(name, seconds) of other libraries' gradients by hidden and unembedding, in bfloat16."""
+  if importlib.util.find_spec("tokamax") and jax.default_backend() != "cpu":
+    import tokamax
+
+    h, w = jnp.ones((N, D), jnp.bfloat16), jnp.ones((D, V), jnp.bfloat16)
+    y = jnp.zeros(N, jnp.int32)
+    grad = jax.jit(
+      jax.grad(lambda h, w: tokamax.linear_softmax_cross_entropy_loss(h, y, w), (0, 1))
+    )
+    yield "tokamax", _timed(lambda: jax.block_until_ready(grad(h, w)), repeats)[0]
+  if not importlib.util.find_spec("torch"):
+    return
+  import torch
+
+  if not torch.cuda.is_available():
+    return
+  libraries = {}
+  if importlib.util.find_spec("liger_kernel"):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    libraries["liger"] = lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y)
+  if importlib.util.find_spec("cut_cross_entropy"):
+    from cut_cross_entropy import linear_cross_entropy
+
+    libraries["cce"] = linear_cross_entropy
+  bf16 = dict(dtype=torch.bfloat16, device="cuda", requires_grad=True)
+  for name, loss in libraries.items():
+    h, w = torch.randn(N, D, **bf16), torch.randn(V, D, **bf16)
+    y = torch.randint(V, (N,), device="cuda")
+
+    def step(h=h, w=w, y=y, loss=loss):
+      torch.autograd.grad(loss(h, w, y), (h, w))
+      torch.cuda.synchronize()
+
+    yield name, _timed(step, repeats)[0]
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,115 @@
+"""The mathematics of one block of tokens and one block of the vocabulary, in plain jnp.
+
+The Pallas kernels call these on tiles in fast memory; nothing here knows of Pallas. With logits
+z = h W^T, p = softmax(z), the target y as `hit` (one-hot) and weights c, and ' for a tangent:
+
+  nll  = logsumexp(z) - z[y]      nll' = s - z'[y],  s = sum_v p z',  z' = h' W^T + h W'^T
+  q    = c (p - hit)              d_h  = q W,           d_W  = q^T h
+  q'   = c p (z' - s) + c' (p - hit)      d_h' = q' W + q W',   d_W' = q'^T h + q^T h'
+
+A tangent that is None is zero and costs nothing. Axes: N tokens, D model width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Statistics(NamedTuple):
+  """Running sums over the vocabulary; float32 [N, 1] each (or [N], where only merged)."""
+
+  maximum: jax.Array  # of the logits so far
+  total: jax.Array  # sum exp(z - maximum)
+  target: jax.Array  # z[y]
+  weighted: jax.Array | None  # sum exp(z - maximum) z'; None without tangents
+  d_target: jax.Array | None  # z'[y]
+
+
+def empty(n: int, tangents: bool) -> Statistics:
+  zero = jnp.zeros((n, 1), jnp.float32)
+  return Statistics(zero - jnp.inf, zero, zero, *((zero, zero) if tangents else (None, None)))
+
+
+def fold(stats: Statistics, z_NV, dz_NV, hit_NV, valid_NV) -> Statistics:
+  """Adds a block; columns that are not `valid` (past the vocabulary's end) may hold anything."""
+  z_NV = jnp.where(valid_NV, z_NV, -jnp.inf)
+  hit_NV = hit_NV & valid_NV  # a target of another shard of the vocabulary may lie past this one's
+  maximum = jnp.maximum(stats.maximum, jnp.max(z_NV, 1, keepdims=True))
+  decay = jnp.exp(stats.maximum - maximum)
+  e_NV = jnp.exp(z_NV - maximum)
+  total = stats.total * decay + jnp.sum(e_NV, 1, keepdims=True)
+  target = stats.target + _sum_where(hit_NV, z_NV)
+  if dz_NV is None:
+    return Statistics(maximum, total, target, None, None)
+  weighted = stats.weighted * decay + _sum_where(valid_NV, e_NV * dz_NV)
+  return Statistics(maximum, total, target, weighted, stats.d_target + _sum_where(hit_NV, dz_NV))
+
+
+def merge(parts: Statistics) -> Statistics:
+  """Statistics of several blocks, stacked on the first axis, as those of their union."""
+  maximum = jnp.max(parts.maximum, 0)
+  share = jnp.exp(parts.maximum - maximum)
+  scaled = lambda x: None if x is None else jnp.sum(share * x, 0)
+  plain = lambda x: None if x is None else jnp.sum(x, 0)
+  return Statistics(
+    maximum,
+    scaled(parts.total),
+    plain(parts.target),
+    scaled(parts.weighted),
+    plain(parts.d_target),
+  )
+
+
+def finish(stats: Statistics):
+  """(lse, z[y], s, z'[y]), the last two None without tangents."""
+  mean = None if stats.weighted is None else stats.weighted / stats.total
+  return stats.maximum + jnp.log(stats.total), stats.target, mean, stats.d_target
+
+
+def logit_cotangent(z_NV, lse_N1, weights_N1, hit_NV, valid_NV):
+  """q, the loss's derivative by the logits; 0 where not `valid`."""
+  p_NV = jnp.exp(z_NV - lse_N1)
+  return jnp.where(valid_NV, weights_N1 * (p_NV - hit_NV.astype(p_NV.dtype)), 0)
+
+
+def logit_cotangent_tangent(z, lse_N1, weights_N1, hit, valid, dz, mean_N1, d_weights_N1):
+  """(q, q'); all but the columns are [N, V]."""
+  p = jnp.exp(z - lse_N1)
+  error = p - hit.astype(p.dtype)
+  dq = weights_N1 * p * (dz - mean_N1)
+  if d_weights_N1 is not None:
+    dq = dq + d_weights_N1 * error
+  return jnp.where(valid, weights_N1 * error, 0), jnp.where(valid, dq, 0)
+
+
+def logits(h_ND, w_VD):
+  return dot(h_ND, w_VD, (1, 1))
+
+
+def logit_tangents(h_ND, w_VD, dh_ND, dw_VD):
+  """z' = h' W^T + h W'^T."""
+  return add(
+    None if dh_ND is None else dot(dh_ND, w_VD, (1, 1)),
+    None if dw_VD is None else dot(h_ND, dw_VD, (1, 1)),
+  )
+
+
+def dot(a, b, contracted: tuple[int, int]):
+  """Contracts one axis of each, in float32: exact products for bfloat16 and float32 inputs alike.
+
+  Hardware multiplies float32 as bfloat16 or TF32 unless asked for more (three to six passes).
+  """
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  dimensions = ((contracted[:1], contracted[1:]), ((), ()))
+  return jax.lax.dot_general(
+    a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+  )
+
+
+def add(a, b):
+  return b if a is None else a if b is None else a + b
+
+
+def _sum_where(condition, x):
+  return jnp.sum(jnp.where(condition, x, 0), 1, keepdims=True)

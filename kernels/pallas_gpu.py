@@ -1,0 +1,272 @@
+"""The score-weighted loss as Triton kernels beside the library's matmuls, for NVIDIA GPUs.
+
+          V: chunks [chunk_V, D] of W in turn, each cast to the matmuls' dtype
+        +------------------+------------------+--------- -+
+        | t  t  t  t       |                  |           |   t: a program's tile of logits,
+  N:    | t  t  t  t       |                  |           |   [block_N, block_V], summed over D in
+        | t  t  t  t       |                  |           |   steps of block_D in registers; the
+        +------------------+------------------+--------- -+   operands' blocks in shared memory
+
+Kernels, one program a tile, V fastest so that a chunk of W is read from L2:
+  statistics  max, sum exp, z[y] (for tangents s, z'[y]) of each tile, [V tiles, N]: merged outside
+  cotangents  q (and q') of the chunk from recomputed logits, [N, chunk_V] in the matmuls' dtype
+after which the library multiplies: d_h += q W, d_W[chunk] = q^T h (tangents: both product rules).
+A [block_N, D] accumulator would not fit in registers (1,280 x 128 float32 are 640 KiB, an SM has
+256 KiB), hence no fused d_h; and the library's matmuls use what the hardware has (wgmma).
+
+Matmul units (2 N D V FLOPs): statistics 1 [tangents 3], q 1 [3], library 2 [4]: 4 [10] in all;
+the minimum is 3 [7], which needs logits of whole tokens and so passes over d_W instead.
+Bytes over HBM a chunk, element size e (w of W): e N D to read h, 3 e N chunk_V to write q and read
+it twice, 16 N D to add to d_h in float32, (w + 2 e) chunk_V D for W and its cast, w chunk_V D for
+d_W. Chunks of tokens instead would add to d_W in float32, beside a [V, D] accumulator.
+
+Any N, D, V: what is ragged is masked in the kernels, and the last chunk has its own size.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels import block_math
+from kernels.second_order import differentiable
+
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # deprecated since JAX 0.11
+  triton = None
+
+# The device kind to compile for. None: the device here; on a machine without GPU that means the
+# interpreter. Set it to compile for a GPU ahead of time.
+DEVICE: str | None = None
+
+CHUNK_ELEMENTS = 2**25  # of q: 64 MiB in bfloat16
+
+
+class Chip(NamedTuple):
+  """What the block sizes depend on. Blocks are wishes, halved until they fit."""
+
+  shared_bytes: int  # a block may use
+  tile: tuple[int, int, int]  # block_N, block_V, block_D
+  tangent_tile: tuple[int, int, int]
+  warps: int
+  stages: int
+
+
+# Derived from shared memory and registers (a tile of 128 x 128 float32 is 64 of them a thread in 8
+# warps), not measured. First match by prefix of the device kind.
+CHIPS = {
+  "NVIDIA H": Chip(227 << 10, (128, 256, 64), (128, 128, 64), 8, 3),
+  "NVIDIA A100": Chip(163 << 10, (128, 256, 32), (128, 128, 32), 8, 3),
+  "": Chip(99 << 10, (128, 128, 32), (128, 64, 32), 8, 3),
+}
+
+
+class Blocks(NamedTuple):
+  block_N: int
+  block_V: int
+  block_D: int
+  chunk_V: int
+  warps: int
+  stages: int
+
+
+def block_sizes(n: int, d: int, v: int, dtype, device: str, tangents: bool) -> Blocks:
+  """Tile, chunk and pipeline for hidden [n, d] and unembedding [v, d]."""
+  chip = next(chip for name, chip in CHIPS.items() if device.startswith(name))
+  block_N, block_V, block_D = chip.tangent_tile if tangents else chip.tile
+  stages = chip.stages
+  # Never far over the array's own size; tensor cores want 16 of each.
+  block_N, block_V, block_D = (
+    min(block, max(16, pl.next_power_of_2(size)))
+    for block, size in ((block_N, n), (block_V, v), (block_D, d))
+  )
+  while shared_bytes(block_N, block_V, block_D, stages, dtype, tangents) > chip.shared_bytes:
+    if stages > 2:
+      stages -= 1
+    else:
+      block_D //= 2
+  # Whole tiles; a chunk size that divides V, where there is one, saves the rest's own buffers.
+  most = max(CHUNK_ELEMENTS // n, 1024) // block_V * block_V
+  chunk_V = min(range(block_V, most + 1, block_V), key=lambda c: (c <= most // 2, v % c > 0, -c))
+  chunk_V = min(v, chunk_V)
+  return Blocks(block_N, block_V, block_D, chunk_V, chip.warps, stages)
+
+
+def shared_bytes(block_N, block_V, block_D, stages, dtype, tangents) -> int:
+  """Shared memory: a block of h and of W (and their tangents) for each stage of the pipeline."""
+  operands = (block_N + block_V) * block_D * jnp.dtype(dtype).itemsize
+  return stages * operands * (2 if tangents else 1)
+
+
+def _statistics(h, w, y, dh, dw):
+  tangents = dh is not None or dw is not None
+  blocks = _blocks(h, w, tangents)
+  empty = block_math.empty(h.shape[0], tangents)
+  total = jax.tree.map(lambda x: x[:, 0], empty)
+
+  def chunk(start, size, total):
+    w_chunk, dw_chunk = (_rows(x, start, size, h.dtype) for x in (w, dw))
+    x = dict(h=h, w=w_chunk, y=y - start, dh=dh, dw=dw_chunk)
+    parts = _call(_statistics_kernel, x, blocks, size, empty)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), total, parts)
+    return block_math.merge(both)
+
+  return block_math.finish(_chunks(chunk, w.shape[0], blocks.chunk_V, total))
+
+
+def _gradients(h, w, y, c, lse):
+  return _accumulate(dict(h=h, y=y, c=c, lse=lse), w, None)
+
+
+def _tangents(h, w, y, c, lse, mean, dh, dw, dc):
+  return _accumulate(dict(h=h, y=y, c=c, lse=lse, mean=mean, dh=dh, dc=dc), w, dw)
+
+
+def _accumulate(x, w, dw):
+  """(d_h, d_W), or with `mean` in x their tangents."""
+  h, dh = x["h"], x.get("dh")
+  tangents = "mean" in x
+  blocks = _blocks(h, w, tangents)
+
+  def chunk(start, size, carry):
+    d_hidden, d_table = carry
+    w_chunk, dw_chunk = (_rows(x, start, size, h.dtype) for x in (w, dw))
+    inputs = x | dict(w=w_chunk, y=x["y"] - start, dw=dw_chunk)
+    q = (0, 0) if tangents else (0,)
+    q, *dq = _call(_cotangent_kernel, inputs, blocks, size, q)
+    slope = dq[0] if tangents else q
+    d_hidden += block_math.dot(slope, w_chunk, (1, 0))
+    rows = block_math.dot(slope, h, (0, 0))
+    if dw is not None:
+      d_hidden += block_math.dot(q, dw_chunk, (1, 0))
+    if dh is not None:
+      rows += block_math.dot(q, dh, (0, 0))
+    rows = rows.astype(d_table.dtype)
+    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_table, rows, start, 0)
+
+  zero = jnp.zeros(h.shape, jnp.float32), jnp.zeros_like(w)
+  d_hidden, d_table = _chunks(chunk, w.shape[0], blocks.chunk_V, zero)
+  return d_hidden.astype(h.dtype), d_table
+
+
+def _chunks(body, v, chunk_V, carry):
+  """body(start, size, carry) over the whole chunks and then the rest, whose size differs."""
+  whole = v // chunk_V
+  carry = jax.lax.fori_loop(0, whole, lambda k, carry: body(k * chunk_V, chunk_V, carry), carry)
+  rest = v - whole * chunk_V
+  return body(v - rest, rest, carry) if rest else carry
+
+
+def _call(kernel, x, blocks, size, outputs):
+  """`kernel` on every tile of [N, size]; outputs in the form of `outputs`."""
+  if triton is None:
+    raise ValueError(
+      "pallas_gpu needs the Triton backend of Pallas, which this JAX lacks: use 'xla'"
+    )
+  n, d = x["h"].shape
+  tiles = pl.cdiv(size, blocks.block_V), pl.cdiv(n, blocks.block_N)
+  padded_D = pl.cdiv(d, blocks.block_D) * blocks.block_D
+  token = pl.BlockSpec((blocks.block_N, padded_D), lambda j, i: (i, 0))
+  table = pl.BlockSpec((blocks.block_V, padded_D), lambda j, i: (j, 0))
+  column = pl.BlockSpec((blocks.block_N,), lambda j, i: (i,))
+  specs = {"h": token, "dh": token, "w": table, "dw": table}
+  if kernel is _statistics_kernel:
+    out_spec = pl.BlockSpec((None, blocks.block_N), lambda j, i: (j, i))
+    out_shape = jax.ShapeDtypeStruct((tiles[0], n), jnp.float32)
+  else:
+    out_spec = pl.BlockSpec((blocks.block_N, blocks.block_V), lambda j, i: (i, j))
+    out_shape = jax.ShapeDtypeStruct((n, size), x["h"].dtype)
+  x = {name: value for name, value in x.items() if value is not None}
+  (out,) = pl.pallas_call(
+    partial(kernel, shape=(n, size, d), block_D=blocks.block_D),
+    name=f"{kernel.__name__.strip('_')}_{blocks.block_N}x{blocks.block_V}x{blocks.block_D}",
+    grid=tiles,
+    in_specs=[{name: specs.get(name, column) for name in x}],
+    out_specs=[jax.tree.map(lambda _: out_spec, outputs)],
+    out_shape=[jax.tree.map(lambda _: out_shape, outputs)],
+    interpret=_device() is None,
+    compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+    cost_estimate=pl.CostEstimate(
+      2 * n * d * size * (1 + ("dh" in x) + ("dw" in x)),
+      n * size,
+      sum(value.size * value.dtype.itemsize for value in x.values()),
+    ),
+  )(x)
+  return out
+
+
+def _statistics_kernel(x, out, *, shape, block_D):
+  z, dz, hit, valid, token = _tile(x, shape, block_D)
+  stats = block_math.fold(block_math.empty(z.shape[0], dz is not None), z, dz, hit, valid)
+  write = lambda ref, value: triton.store(ref, value[:, 0], mask=token)
+  jax.tree.map(write, out, stats)
+
+
+def _cotangent_kernel(x, out, *, shape, block_D):
+  z, dz, hit, valid, token = _tile(x, shape, block_D)
+  column = {name: _column(x[name], token) for name in ("lse", "c", "mean", "dc") if name in x}
+  if dz is None:
+    q = (block_math.logit_cotangent(z, column["lse"], column["c"], hit, valid),)
+  else:
+    columns = column["mean"], column.get("dc")
+    q = block_math.logit_cotangent_tangent(z, column["lse"], column["c"], hit, valid, dz, *columns)
+  for ref, value in zip(out, q, strict=True):
+    triton.store(ref, value.astype(ref.dtype), mask=valid & token[:, None])
+
+
+def _tile(x, shape, block_D):
+  """(z, z' or None, hit, valid [block_N, block_V], whether each token exists)."""
+  n, v, d = shape
+  block_N, block_V = x["h"].shape[0], x["w"].shape[0]
+  row = pl.program_id(1) * block_N + jnp.arange(block_N)
+  column = pl.program_id(0) * block_V + jnp.arange(block_V)
+  zero = jnp.zeros((block_N, block_V), jnp.float32)
+  tangents = "dh" in x or "dw" in x
+
+  def step(k, sums):
+    within = jnp.arange(block_D) + k * block_D < d
+
+    def load(name, exists):
+      if name not in x:
+        return None
+      ref = x[name].at[:, pl.ds(k * block_D, block_D)]
+      return triton.load(ref, mask=exists[:, None] & within[None], other=0)
+
+    h, dh, w, dw = (
+      load("h", row < n),
+      load("dh", row < n),
+      load("w", column < v),
+      load("dw", column < v),
+    )
+    z = sums[0] + block_math.logits(h, w)
+    return (z, sums[1] + block_math.logit_tangents(h, w, dh, dw)) if tangents else (z,)
+
+  z, *dz = jax.lax.fori_loop(0, pl.cdiv(d, block_D), step, (zero, zero) if tangents else (zero,))
+  hit = _column(x["y"], row < n) == column[None]
+  valid = jnp.broadcast_to((column < v)[None], z.shape)
+  return z, dz[0] if dz else None, hit, valid, row < n
+
+
+def _column(ref, token):
+  return triton.load(ref, mask=token, other=0)[:, None]
+
+
+token_nll, nll_and_grads = differentiable("pallas_gpu", _statistics, _gradients, _tangents)
+
+
+def _blocks(h, w, tangents):
+  return block_sizes(*h.shape, w.shape[0], h.dtype, _device() or "", tangents)
+
+
+def _rows(x, start, size, dtype):
+  return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size).astype(dtype)
+
+
+def _device():
+  """The device kind to compile for; None for the interpreter."""
+  if DEVICE is not None:
+    return DEVICE
+  return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None

@@ -1,0 +1,383 @@
+"""The score-weighted loss as Mosaic kernels for TPUs.
+
+Statistics: lse, z[y] (and for tangents s, z'[y]) of all tokens; 1 matmul unit (3).
+
+              V: inner, W [block_V, D] streams by          grid (N blocks, V blocks)
+            +------+------+------+-- -+
+  N: outer  |  z   |  z   |  z   |    |  stays in VMEM: h [block_N, D], the running sums
+            +------+------+------+-- -+  [block_N, 1]; a tile z lives for one step
+
+Gradients: d_h, d_W, with z recomputed; 3 units (7 for their tangents), so 4 (10) in all.
+
+              V: outer, in 1 or 2 cores        grid (cores, V blocks of a core, N blocks)
+            +------+------+
+  N: inner  |  q   |      |  stays in VMEM: W [block_V, D] in the matmuls' dtype, d_W [block_V, D]
+            +------+------+  in float32. d_h [N, D] float32 stays in HBM: a step reads its block,
+            |  q   |      |  adds q W and writes it back; both copies overlap with the matmuls, the
+            +------+------+  write with those of the next step
+            :      :      :
+
+Units are 2 N D V FLOPs; the minimum is 3 for a gradient and 7 for forward-over-reverse, which needs
+[N, V] logits in memory or, as the `xla` backend, a pass over d_W for each chunk of tokens.
+Bytes over HBM, element sizes e (h), w (W), with the tangents' share in brackets:
+  statistics  e N D [2x] + w V D [2x] N / block_N       minimum e N D + w V D
+  gradients   (e [2x] + 8) N D V / block_V + 2 w V D [1.5x]
+Accumulating d_h in VMEM and d_W in HBM would cost (w [2x] + 8) V D N / block_N: the same for equal
+blocks, but d_W would take 4 V D bytes of float32 beside the result. A step of the gradient does
+6 block_N block_V D FLOPs for 10 block_N D bytes (bfloat16): 0.6 block_V a byte [1.2 block_V].
+
+Any N, D, V: N is padded with tokens of weight 0 to whole blocks (a copy of h), D to whole lanes of
+128 (a copy of h and W); the end of V is masked in the kernel, with no copy. v4 and v5p have two
+cores a chip: each takes half of the vocabulary and its own d_h, added up afterwards.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import block_math
+from kernels.second_order import differentiable
+
+# The device kind to compile for. None: the device here; on a machine without TPU that means the
+# interpreter. Set it to compile for a TPU ahead of time.
+DEVICE: str | None = None
+INTERPRET = pltpu.InterpretParams()
+
+LANES = 128
+
+
+class Chip(NamedTuple):
+  """What the block sizes depend on. Blocks are wishes, shrunk until they fit."""
+
+  vmem_bytes: int  # of a core
+  cores: int  # that share a device
+  statistics: tuple[int, int]  # block_N, block_V
+  gradients: tuple[int, int]
+  tangent_statistics: tuple[int, int]
+  tangents: tuple[int, int]
+
+
+# Derived from FLOPs and bytes above against each chip's ratio of the two, not measured: v6e needs
+# 560 FLOPs a byte, v5e 240, v5p 166. First match by prefix of the device kind.
+CHIPS = {
+  "TPU v5 lite": Chip(128 << 20, 1, (1024, 1280), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v6 lite": Chip(128 << 20, 1, (2048, 640), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v5": Chip(64 << 20, 2, (1024, 640), (512, 640), (512, 640), (256, 640)),
+  "TPU v4": Chip(16 << 20, 2, (512, 256), (256, 256), (256, 256), (128, 256)),
+  "TPU": Chip(64 << 20, 1, (1024, 640), (512, 640), (512, 640), (256, 640)),
+}
+
+
+class Blocks(NamedTuple):
+  """Sizes of one pass."""
+
+  block_N: int
+  block_V: int
+  cores: int
+  vmem_limit_bytes: int
+
+
+def block_sizes(n, d, v, dtype, w_dtype, device: str, kernel: str) -> Blocks:
+  """The blocks of `kernel`, a pass named in Chip, for hidden [n, d] and unembedding [v, d].
+
+  Raises:
+    ValueError: where the smallest blocks do not fit in VMEM (d in the tens of thousands).
+  """
+  chip = next(chip for name, chip in CHIPS.items() if device.startswith(name))
+  block_N, block_V = getattr(chip, kernel)
+  cores = chip.cores if kernel in ("gradients", "tangents") else 1
+  while True:
+    even_N = _round_up(pl.cdiv(n, pl.cdiv(n, block_N)), 16)
+    even_V = _even_block(v, block_V, cores)
+    needed = vmem_bytes(even_N, even_V, d, dtype, w_dtype, kernel)
+    if needed <= chip.vmem_bytes * 7 // 8:
+      break
+    if block_V > LANES and block_V >= block_N:
+      block_V = _round_up(block_V // 2, LANES)
+    elif block_N > 16:
+      block_N //= 2
+    else:
+      raise ValueError(
+        f"pallas_tpu: {kernel} with D = {d} needs {needed} bytes of VMEM in the smallest blocks, "
+        f"{device} has {chip.vmem_bytes}; use backend='xla'"
+      )
+  cores = cores if pl.cdiv(v, even_V) % cores == 0 else 1
+  return Blocks(even_N, even_V, cores, chip.vmem_bytes * 15 // 16)
+
+
+def _even_block(v, block_V, cores):
+  """The size up to block_V that divides the work among cores, is not small, and wastes least."""
+
+  def badness(size):
+    blocks = pl.cdiv(v, size)
+    return blocks % cores > 0, size <= block_V // 2, blocks * size, -size
+
+  return min(range(LANES, min(block_V, _round_up(v, LANES)) + 1, LANES), key=badness)
+
+
+def vmem_bytes(block_N, block_V, d, dtype, w_dtype, kernel) -> int:
+  """VMEM of one kernel, buffer by buffer."""
+  size, w_size = jnp.dtype(dtype).itemsize, jnp.dtype(w_dtype).itemsize
+  d = _round_up(d, LANES)
+  sides = 2 if kernel.startswith("tangent") else 1  # values, and their tangents
+  tokens = 2 * sides * block_N * d * size  # h, double-buffered
+  table = 2 * sides * block_V * d * w_size  # W, double-buffered
+  columns = 14 * block_N * LANES * 4  # [block_N, 1] fills a whole lane tile
+  tiles = (2 + 2 * sides) * block_N * block_V * 4  # z, p, q, z', q'
+  cast = sides * block_V * d * size  # W in the matmuls' dtype
+  operands = sides * ((block_N + block_V) * d + block_N * block_V)
+  # Products of float32 are taken of three bfloat16 parts, held in both orientations (fitted to what
+  # Mosaic reports: 38.5 MB of temporaries for 256 x 640 tangents at D = 1280).
+  parts = 12 * operands if size == 4 else 0
+  if "statistics" in kernel:
+    return tokens + table + columns + tiles + cast + parts
+  d_table = block_V * d * (4 + 2 * w_size)  # accumulator; output, double-buffered
+  d_tokens = block_N * d * 4 * 3  # two blocks in flight, one product
+  product = block_V * d * 4
+  return tokens + table + columns + tiles + cast + parts + d_table + d_tokens + product
+
+
+def _statistics(h, w, y, dh, dw):
+  return _statistics_call(dict(h=h, w=w, y=y, dh=dh, dw=dw))
+
+
+def _gradients(h, w, y, c, lse):
+  return _gradients_call(dict(h=h, w=w, y=y, c=c, lse=lse))
+
+
+def _tangents(h, w, y, c, lse, mean, dh, dw, dc):
+  return _gradients_call(dict(h=h, w=w, y=y, c=c, lse=lse, mean=mean, dh=dh, dw=dw, dc=dc))
+
+
+def _statistics_call(x):
+  n, (v, d) = x["h"].shape[0], x["w"].shape
+  tangents = x["dh"] is not None or x["dw"] is not None
+  kernel = "tangent_statistics" if tangents else "statistics"
+  b = block_sizes(n, d, v, x["h"].dtype, x["w"].dtype, _device(), kernel)
+  rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V)
+  x = _padded(x, rows * b.block_N)
+  d = x["h"].shape[1]
+  token = lambda width: pl.BlockSpec((b.block_N, width), lambda i, j: (i, 0))
+  table = pl.BlockSpec((b.block_V, d), lambda i, j: (j, 0))
+  column = jax.ShapeDtypeStruct((rows * b.block_N, 1), jnp.float32)
+  running = pltpu.VMEM((b.block_N, 1), jnp.float32)
+  form = block_math.Statistics(*(0,) * 3, *((0, 0) if tangents else (None, None)))
+  outputs = (0, 0, 0, 0) if tangents else (0, 0, None, None)
+  (out,) = pl.pallas_call(
+    partial(_statistics_kernel, vocabulary=v),
+    name=f"{kernel}_{b.block_N}x{b.block_V}",
+    grid=(rows, blocks_V),
+    in_specs=[_specs(x, token, table)],
+    out_specs=[jax.tree.map(lambda _: token(1), outputs)],
+    out_shape=[jax.tree.map(lambda _: column, outputs)],
+    scratch_shapes=[jax.tree.map(lambda _: running, form)],
+    interpret=_interpret(),
+    compiler_params=_compiler_params(b, "parallel", "arbitrary"),
+    cost_estimate=_cost(x, v, 3 if tangents else 1, table_passes=rows),
+  )(x)
+  return jax.tree.map(lambda column: column[:n, 0], out)
+
+
+def _statistics_kernel(x, out, stats, *, vocabulary):
+  j = pl.program_id(1)
+
+  @pl.when(j == 0)
+  def _():
+    empty = block_math.empty(x["h"].shape[0], stats.weighted is not None)
+    jax.tree.map(_write, stats, empty)
+
+  h, w, dh, dw = (_read(x[name], x["h"].dtype) for name in ("h", "w", "dh", "dw"))
+  z, dz = block_math.logits(h, w), block_math.logit_tangents(h, w, dh, dw)
+  hit, valid = _columns(x["y"][...], z.shape, j, vocabulary)
+  jax.tree.map(_write, stats, block_math.fold(jax.tree.map(_read, stats), z, dz, hit, valid))
+
+  @pl.when(j == pl.num_programs(1) - 1)
+  def _():
+    jax.tree.map(_write, out, block_math.finish(jax.tree.map(_read, stats)))
+
+
+def _gradients_call(x):
+  """(d_h, d_W), or with tangents in `x` their tangents (d_h', d_W')."""
+  n, (v, d), dtype = x["h"].shape[0], x["w"].shape, x["h"].dtype
+  tangents = "mean" in x
+  kernel = "tangents" if tangents else "gradients"
+  b = block_sizes(n, d, v, dtype, x["w"].dtype, _device(), kernel)
+  rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V) // b.cores
+  x = _padded(x, rows * b.block_N)
+  wide = x["h"].shape[1]
+  token = lambda width: pl.BlockSpec((b.block_N, width), lambda core, j, i: (i, 0))
+  table = pl.BlockSpec((b.block_V, wide), lambda core, j, i: (core * blocks_V + j, 0))
+  tables = {
+    name: pltpu.VMEM((b.block_V, wide), dtype) for name in ("w", "dw") if x.get(name) is not None
+  }
+  d_hidden, d_table = pl.pallas_call(
+    partial(_gradients_kernel, vocabulary=v),
+    name=f"{kernel}_{b.block_N}x{b.block_V}",
+    grid=(b.cores, blocks_V, rows),
+    in_specs=[_specs(x, token, table)],
+    out_specs=[pl.BlockSpec(memory_space=pl.ANY), table],
+    out_shape=[
+      jax.ShapeDtypeStruct((b.cores, rows * b.block_N, wide), jnp.float32),
+      jax.ShapeDtypeStruct((v, wide), x["w"].dtype),
+    ],
+    scratch_shapes=[
+      tables,
+      pltpu.VMEM((b.block_V, wide), jnp.float32),
+      pltpu.VMEM((2, b.block_N, wide), jnp.float32),
+      pltpu.SemaphoreType.DMA((2,)),
+      pltpu.SemaphoreType.DMA((2,)),
+    ],
+    interpret=_interpret(),
+    compiler_params=_compiler_params(b, "parallel", "arbitrary", "arbitrary"),
+    cost_estimate=_cost(x, v, 7 if tangents else 3, token_passes=b.cores * blocks_V),
+  )(x)
+  return jnp.sum(d_hidden, 0)[:n, :d].astype(dtype), d_table[:, :d]
+
+
+def _gradients_kernel(x, d_hidden, d_table, tables, total, slots, reading, writing, *, vocabulary):
+  core, j, i = (pl.program_id(axis) for axis in range(3))
+  blocks_V, blocks_N = pl.num_programs(1), pl.num_programs(2)
+  block_V, block_N = total.shape[0], x["h"].shape[0]
+  first_column = (core * blocks_V + j) * block_V
+  step = j * blocks_N + i
+  slot = jax.lax.rem(step, 2)
+  in_hbm = lambda i: d_hidden.at[core, pl.ds(i * block_N, block_N)]
+  read = pltpu.make_async_copy(in_hbm(i), slots.at[slot], reading.at[slot])
+
+  def written(step):
+    slot = jax.lax.rem(step, 2)
+    return pltpu.make_async_copy(
+      slots.at[slot], in_hbm(jax.lax.rem(step, blocks_N)), writing.at[slot]
+    )
+
+  @pl.when((blocks_N == 1) & (step > 0))
+  def _():  # the one block must have arrived before it is read again
+    written(step - 1).wait()
+
+  @pl.when(j > 0)
+  def _():
+    read.start()
+
+  @pl.when(i == 0)
+  def _():  # rows past the end of V may hold anything, and 0 times that is not always 0
+    row = first_column + jax.lax.broadcasted_iota(jnp.int32, (block_V, 1), 0)
+    for name, ref in tables.items():
+      ref[...] = jnp.where(row < vocabulary, x[name][...], 0).astype(ref.dtype)
+    total[...] = jnp.zeros(total.shape, total.dtype)
+
+  h, dh, c, lse = (_read(x.get(name)) for name in ("h", "dh", "c", "lse"))
+  w, dw = tables["w"][...], _read(tables.get("dw"))
+  z = block_math.logits(h, w)
+  hit, valid = _columns(x["y"][...], z.shape, core * blocks_V + j, vocabulary)
+  if "mean" not in x:
+    q = block_math.logit_cotangent(z, lse, c, hit, valid).astype(h.dtype)
+    contribution = block_math.dot(q, w, (1, 0))
+    total[...] += block_math.dot(q, h, (0, 0))
+  else:
+    dz = block_math.logit_tangents(h, w, dh, dw)
+    mean, dc = x["mean"][...], _read(x["dc"])
+    q, dq = block_math.logit_cotangent_tangent(z, lse, c, hit, valid, dz, mean, dc)
+    q, dq = q.astype(h.dtype), dq.astype(h.dtype)
+    contribution = block_math.dot(dq, w, (1, 0))
+    total[...] += block_math.dot(dq, h, (0, 0))
+    if dw is not None:
+      contribution += block_math.dot(q, dw, (1, 0))
+    if dh is not None:
+      total[...] += block_math.dot(q, dh, (0, 0))
+
+  @pl.when((blocks_N > 1) & (step > 0))
+  def _():  # frees the other slot for the next step's read
+    written(step - 1).wait()
+
+  @pl.when(j > 0)
+  def _():
+    read.wait()
+    slots[slot] += contribution
+
+  @pl.when(j == 0)
+  def _():
+    slots[slot] = contribution
+
+  written(step).start()
+
+  @pl.when(step == blocks_V * blocks_N - 1)
+  def _():
+    written(step).wait()
+
+  @pl.when(i == blocks_N - 1)
+  def _():
+    d_table[...] = total[...].astype(d_table.dtype)
+
+
+def _columns(targets_N1, shape, block, vocabulary):
+  """(hit, valid) of a tile: where the target's column is, and which columns exist."""
+  column = block * shape[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  return column == targets_N1, column < vocabulary
+
+
+token_nll, nll_and_grads = differentiable("pallas_tpu", _statistics, _gradients, _tangents)
+
+
+def _padded(x, rows):
+  """Tokens to `rows` and D to whole lanes, with zeros; vectors as columns, targets as int32."""
+  padded = {}
+  for name, value in x.items():
+    if value is not None:
+      value = value.astype(jnp.int32) if name == "y" else value
+      value = value[:, None] if value.ndim == 1 else value
+      lanes = -value.shape[1] % LANES if name in ("h", "w", "dh", "dw") else 0
+      more = 0 if name in ("w", "dw") else rows - value.shape[0]
+      value = jnp.pad(value, [(0, more), (0, lanes)]) if more or lanes else value
+    padded[name] = value
+  return padded
+
+
+def _specs(x, token, table):
+  """A block spec for each input: of the table, of tokens, of columns."""
+  return {
+    name: None if value is None else table if name in ("w", "dw") else token(value.shape[1])
+    for name, value in x.items()
+  }
+
+
+def _cost(x, v, units, token_passes=1, table_passes=1):
+  n, d = x["h"].shape
+  sizes = {k: a.size * a.dtype.itemsize for k, a in x.items() if a is not None}
+  tokens = sum(size for k, size in sizes.items() if k not in ("w", "dw")) * token_passes
+  tables = sum(size for k, size in sizes.items() if k in ("w", "dw")) * table_passes
+  results = 8 * n * d * token_passes + sizes["w"] if "lse" in x else 0
+  return pl.CostEstimate(2 * units * n * d * v, n * v, tokens + tables + results)
+
+
+def _compiler_params(blocks, *semantics):
+  return pltpu.CompilerParams(
+    dimension_semantics=semantics, vmem_limit_bytes=blocks.vmem_limit_bytes
+  )
+
+
+def _device():
+  if DEVICE is not None:
+    return DEVICE
+  return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "TPU"
+
+
+def _interpret():
+  return False if DEVICE is not None or jax.default_backend() == "tpu" else INTERPRET
+
+
+def _read(ref, dtype=None):
+  if ref is None:
+    return None
+  return ref[...] if dtype is None else ref[...].astype(dtype)
+
+
+def _write(ref, value):
+  ref[...] = value
+
+
+def _round_up(x, multiple):
+  return pl.cdiv(x, multiple) * multiple

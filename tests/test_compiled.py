@@ -1,0 +1,115 @@
+"""kernels compiled for TPU v5e, v5p, v6e and H100 by the targets' own compilers; nothing is run.
+
+Skipped where libtpu, or the CUDA plugin and ptxas, are not installed: `make test-compile` installs
+them in an environment of its own.
+
+Axes: N tokens, D model width, V vocabulary.
+"""
+
+import importlib.util
+import math
+import re
+import shutil
+
+import jax
+import pytest
+
+from benchmarks import loss, targets
+from kernels import pallas_gpu
+
+N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
+VOCABULARIES = {32_000: 10, 256_000: 50}  # V -> how many times less temporary memory than dense
+UNITS = {"value": 1, "gradient": 4, "product": 10}
+
+has = importlib.util.find_spec
+missing = {name: not has("libtpu") for name in targets.TPU_TOPOLOGIES}
+missing["h100"] = not (has("jax_cuda13_plugin") and shutil.which("ptxas"))
+reason = "needs libtpu, or jax-cuda13-plugin and ptxas: make test-compile"
+TARGETS = [
+  pytest.param(name, marks=pytest.mark.skipif(missing[name], reason=reason))
+  for name in targets.NAMES
+]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+  """The plugins are for compiling. libtpu ends the process at a flag of conftest's for CPUs."""
+  jax.config.update("jax_platforms", "cpu")
+  monkeypatch.delenv("XLA_FLAGS")
+
+
+def _backend(target):
+  return "pallas_gpu" if target == "h100" else "pallas_tpu"
+
+
+def _compile(target, backend, order, V, dtype="bfloat16"):
+  return targets.compile_for(
+    target, loss.orders(backend)[order], *loss.inputs(N, D, V, dtype, order)
+  )
+
+
+def _temp(compiled):
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _largest_temporary(text, V):
+  """Elements of the largest array that is not the table's own [V, D]."""
+  shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"[a-z]\d+\[([\d,]+)\]", text)}
+  return max(math.prod(shape) for shape in shapes if shape not in ((V, D), (D, V)))
+
+
+@pytest.mark.parametrize("order", UNITS)
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_small(target, V, order):
+  compiled = _compile(target, _backend(target), order, V)  # Mosaic or ptxas refuses what is too big
+  text = compiled.as_text()
+  kernel_call = "xla.gpu.triton" if target == "h100" else "tpu_custom_call"
+  assert kernel_call in text  # not an interpreter
+  assert _largest_temporary(text, V) < N * V / 5
+  # What dense needs at the least: float32 logits in a value, and one more [N, V] in a gradient and
+  # its product. A TPU compiles dense only where it fits, so this stands for it at any V.
+  dense = 4 * N * V if order == "value" else 6 * N * V
+  assert _temp(compiled) < dense / VOCABULARIES[V]
+
+
+@pytest.mark.parametrize("order", UNITS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_temporary_memory_is_a_tenth_of_the_dense_module(target, order):
+  V = 32_000
+  dense = _compile(target, "reference", order, V)
+  if target in ("v5e", "h100"):  # this libtpu prints modules for the others that JAX cannot read
+    assert _largest_temporary(dense.as_text(), V) >= N * V  # the search sees what it looks for
+  assert _temp(_compile(target, _backend(target), order, V)) < _temp(dense) / 10
+
+
+@pytest.mark.parametrize("order", UNITS)
+def test_temporary_memory_is_a_fiftieth_of_the_dense_module(order):
+  """On the one target whose compiler takes a dense module that fits no device."""
+  if missing["h100"]:
+    pytest.skip(reason)
+  dense, ours = (_temp(_compile("h100", b, order, 256_000)) for b in ("reference", "pallas_gpu"))
+  assert ours < dense / 50
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_odd_sizes_compile(target, dtype):
+  for order in UNITS:
+    shapes = loss.inputs(37, 96, 1003, dtype, order)
+    targets.compile_for(target, loss.orders(_backend(target))[order], *shapes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_compiles_at_full_size(target):
+  """Twice the bytes in every block, and matmuls of several passes."""
+  _compile(target, _backend(target), "product", 32_000, "float32")
+
+
+@pytest.mark.skipif(missing["h100"], reason=reason)
+def test_too_much_shared_memory_is_refused(monkeypatch):
+  """So a passing compile means that the kernels fit."""
+  chip = pallas_gpu.Chip(10**9, (128, 256, 64), (128, 128, 64), 8, 9)
+  monkeypatch.setattr(pallas_gpu, "CHIPS", {"": chip})
+  with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
+    _compile("h100", "pallas_gpu", "value", 32_000)
