@@ -79,6 +79,9 @@ class Corpus:
       f"data {', '.join(self.config.data)}: {report.records} records, skipped: {skipped or 'none'}",
       f"tokenizer {self.config.tokenizer}: {self.vocab_size} entries",
     ]
+    if self.config.outer_data:
+      names = ", ".join(self.config.outer_data)
+      lines.append(f"outer data {names}: {report.in_outer_data} of its documents left out of data")
     for split in SPLITS:
       tokens, rows = report.tokens.get(split, 0), report.sequences.get(split, 0)
       lines.append(
@@ -247,7 +250,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _fingerprint(config: DataConfig, tokenizer: Tokenizer) -> str:
-  parts = [FORMAT, dataclasses.asdict(config), tokenizer.fingerprint, find_inputs(config.data)]
+  inputs = find_inputs(config.data), find_inputs(config.outer_data)
+  parts = [FORMAT, dataclasses.asdict(config), tokenizer.fingerprint, inputs]
   return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -293,9 +297,9 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress
     held_out = temp / "corpus" / "validation.documents"
     texts = stack.enter_context(open(held_out, "w", encoding="utf-8"))
     documents = tqdm.tqdm(
-      read_documents(config, report), "reading", unit=" documents", disable=not progress
+      _assigned(config, report), "reading", unit=" documents", disable=not progress
     )
-    for split, document, tokens in _encoded(_assigned(documents, config), tokenizer):
+    for split, document, tokens in _encoded(documents, tokenizer):
       report.documents[split][document.source] += 1
       source = sources.setdefault(document.source, len(sources))
       pieces = _cut(tokens, config.sequence_length)
@@ -307,7 +311,8 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress
         texts.write(json.dumps(dataclasses.asdict(document)) + "\n")
   for split in SPLITS:
     _pack(split, config, tokenizer, temp, report, progress)
-  shares = dict(zip(SPLITS, (1, config.outer_fraction, config.validation_fraction), strict=True))
+  outer_share = 1 if config.outer_data else config.outer_fraction
+  shares = dict(zip(SPLITS, (1, outer_share, config.validation_fraction), strict=True))
   for split, share in shares.items():
     if share and not report.sequences[split]:
       total = sum(sum(counts.values()) for counts in report.documents.values())
@@ -319,10 +324,18 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress
   (temp / "corpus" / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
-def _assigned(documents: Iterable[Document], config: DataConfig) -> Iterator[tuple[str, Document]]:
+def _assigned(config: DataConfig, report: Report) -> Iterator[tuple[str, Document]]:
   """Documents with their splits; of the demo corpus alone, half are corrupted (never in outer)."""
-  for document in documents:
+  reserved = set()
+  if config.outer_data:
+    for document in read_documents(dataclasses.replace(config, data=config.outer_data), report):
+      reserved.add(split_of(document.text, config)[1])
+      yield "outer", document
+  for document in read_documents(config, report):
     split, bits = split_of(document.text, config)
+    if bits in reserved:
+      report.in_outer_data += 1
+      continue
     if config.data == ("demo",):
       rng = np.random.default_rng(bits)
       corrupted = rng.random() < 0.5 and split != "outer"

@@ -1,6 +1,6 @@
 """Files and data sets -> documents, streamed; every unusable record is counted with its reason.
 
-What `DataConfig.data` may name:
+What `DataConfig.data` and `outer_data` may name:
   demo                      the demo corpus (demo_corpus.py), half of its training text corrupted
   hf:NAME[:CONFIG[:SPLIT]]  a data set of the Hugging Face hub; its split `train` if none is given
   a file, a glob, a folder  .jsonl/.ndjson/.json (one object a line), .parquet, .txt/.md; all but
@@ -48,6 +48,7 @@ class Document:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   data: tuple[str, ...] = ("demo",)
+  outer_data: tuple[str, ...] = ()  # of the outer split; empty: a fraction of `data`
   text_field: str = "text"  # a dotted name reaches into a record: meta.pile_set_name
   source_field: str = "source"  # where a record lacks it: the name of its file
   noise_field: str = "noise"  # a known corruption level in [0, 1]
@@ -85,6 +86,7 @@ class Report:
 
   records: int = 0
   skipped: dict[str, int] = dataclasses.field(default_factory=collections.Counter)  # by reason
+  in_outer_data: int = 0  # documents of `data` left out because `outer_data` holds them
   ignored_noise: int = 0  # noise fields that hold no number in [0, 1]
   documents: dict[str, dict[str, int]] = dataclasses.field(  # split -> source -> documents
     default_factory=lambda: {split: collections.Counter() for split in SPLITS}
@@ -123,9 +125,10 @@ def split_of(text: str, config: DataConfig) -> tuple[str, int]:
   plain = " ".join(text.split()).encode("utf-8", "replace")
   digest = hashlib.blake2b(plain, key=key, digest_size=16).digest()
   place = int.from_bytes(digest[:8], "little") / 2**64
+  outer_fraction = 0 if config.outer_data else config.outer_fraction
   if place < config.validation_fraction:
     split = "validation"
-  elif place < config.validation_fraction + config.outer_fraction:
+  elif place < config.validation_fraction + outer_fraction:
     split = "outer"
   else:
     split = "train"

@@ -46,6 +46,9 @@ class Config:
   data: tuple[str, ...] = option(
     ("demo",), "files, globs, folders, hf:NAME[:CONFIG[:SPLIT]] or demo"
   )
+  outer_data: tuple[str, ...] = option(
+    (), "the same, of text to do well on: the held-out loss; default a share of --data"
+  )
   text_field: str = option("text", "field of a record that holds its text")
   source_field: str = option("source", "field that names a record's source, for reports")
   noise_field: str = option("noise", "field with a known noise level in [0, 1], for reports")
@@ -150,7 +153,7 @@ def _define_flags():
   defines = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
   for field in dataclasses.fields(Config):
     help = f"{field.metadata['help']} [{field.default}]"
-    if field.name == "data":
+    if "tuple" in str(field.type):
       flags.DEFINE_list(field.name, None, help)
     else:
       kind = next(k for k in defines if k.__name__ in str(field.type))
@@ -170,9 +173,12 @@ def main(argv):
 def config_from_flags() -> Config:
   given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Config)}
   given = {name: value for name, value in given.items() if value is not None}
-  if "data" in given:
-    given["data"] = tuple(given["data"])
-  return Config(**(PRESETS[FLAGS.preset] | given))
+  return make_config(PRESETS[FLAGS.preset] | given)
+
+
+def make_config(values: dict) -> Config:
+  """A Config of values from flags or JSON, where tuples are lists."""
+  return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def train(config: Config, workdir: Path, cache_dir: Path) -> None:
@@ -334,7 +340,7 @@ def load_rater(workdir: str | os.PathLike):
   workdir = Path(workdir)
   check((workdir / "config.json").exists(), f"{workdir} holds no run: no config.json in it")
   saved = json.loads((workdir / "config.json").read_text())
-  config = Config(**(saved["config"] | {"data": tuple(saved["config"]["data"])}))
+  config = make_config(saved["config"])
   tokenizer = data.load_tokenizer(config.tokenizer)
   rater = make_rater(config, tokenizer.vocab_size)
   eta = Checkpoints(workdir).restore_eta(jax.eval_shape(rater.init, jax.random.PRNGKey(0)))

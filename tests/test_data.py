@@ -489,6 +489,25 @@ def test_two_builders_at_once(corpus_file, tmp_path):
   assert all(np.array_equal(c.splits["outer"].tokens, got[0].splits["outer"].tokens) for c in got)
 
 
+def test_outer_data_is_the_outer_split_and_is_kept_out_of_the_others(tmp_path):
+  texts = _texts(400)
+  outer = _jsonl(tmp_path / "outer.jsonl", [{"text": t, "source": "o"} for t in texts[:90]])
+  path = _jsonl(tmp_path / "c.jsonl", [{"text": t + " \n", "source": "c"} for t in texts[50:]])
+  config = _config(path, outer_data=(outer,), validation_fraction=0.3)
+  corpus = data.load_corpus(config, tmp_path / "cache", progress=False)
+  documents = corpus.report.documents
+  assert documents["outer"] == {"o": 90}  # and no share of `data`
+  assert documents["train"]["c"] + documents["validation"]["c"] == 350 - 40
+  assert corpus.report.in_outer_data == 40
+  assert "40 of its documents left out of data" in corpus.summary()
+  held_out = {d.text.strip() for d in corpus.validation_documents()}
+  assert held_out and not held_out & set(texts[:90])
+  other = data.load_corpus(_config(path, validation_fraction=0.3), tmp_path / "cache", False)
+  assert other.fingerprint != corpus.fingerprint
+  with pytest.raises(DataError, match="nowhere.jsonl does not exist"):
+    data.load_corpus(_config(path, outer_data=("nowhere.jsonl",)), tmp_path / "cache", False)
+
+
 def test_demo_is_half_corrupted_but_never_in_outer(tmp_path, monkeypatch):
   path = _jsonl(tmp_path / "demo.jsonl", [{"text": t, "source": "s"} for t in _texts(400)])
   monkeypatch.setattr(data.demo_corpus, "build", lambda: data.Path(path))
