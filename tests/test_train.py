@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from chex import assert_trees_all_equal
 
 import report
 import train
+from workdir import Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -75,10 +78,6 @@ def run(workdir, corpus, *flags):
   )
 
 
-def rater_of(workdir, corpus):
-  return train.load_rater(workdir)(["the rater scores", "~#@!xq", "each text"])
-
-
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "whole"
@@ -99,6 +98,15 @@ def test_a_run_leaves_its_rater_metrics_scores_and_figures(finished):
   scores = [json.loads(x) for x in (workdir / "validation_scores.jsonl").read_text().splitlines()]
   assert results["documents"] == len(scores) > 20
   assert "DataRater after 12 meta-steps" in result.stdout
+
+
+def test_the_loaded_rater_gives_the_scores_of_the_report(finished, corpus):
+  texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+  rows = map(json.loads, (finished[0] / "validation_scores.jsonl").read_text().splitlines())
+  expected = {int(row["id"].removeprefix("mine:")): row["score"] for row in rows}
+  scores = train.load_rater(finished[0])(texts[i] for i in expected)
+  assert len(set(scores.tolist())) > 20  # it did learn to tell them apart
+  np.testing.assert_allclose(scores, list(expected.values()), rtol=1e-5)
 
 
 def test_ages_show_that_resets_are_staggered(finished):
@@ -171,7 +179,12 @@ def test_killed_at_random_moments_five_times_the_rater_is_bitwise_the_same(corpu
 def same_run(a, b, corpus):
   for name in ("metrics.jsonl", "validation_scores.jsonl", "results.json"):
     assert (a / name).read_bytes() == (b / name).read_bytes(), name
-  np.testing.assert_array_equal(rater_of(a, corpus), rater_of(b, corpus))
+  assert_trees_all_equal(final_state(a), final_state(b))  # eta, meta-Adam, all inner models
+
+
+def final_state(workdir):
+  manager = Checkpoints(workdir).manager
+  return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
 
 
 def wait_until(condition, process, seconds=300):
