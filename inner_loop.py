@@ -56,7 +56,8 @@ def unroll(
       "mixed": MixFlow-MG, each step saves its inputs and g_t: 9 forward units (F) for a step's
         Hessian-vector product, of which 3 F repeat what the forward pass did.
       "mixed_save": MixFlow-MG, each step also saves the results of its matrix products, forward
-        and backward: 6 F, at the memory of T steps' activations. Faster on CPUs.
+        and backward: 6 F, at the memory of T steps' activations. Faster on CPUs. Its steps are
+        unrolled: the compile time grows with T.
       "reverse": plain autodiff, the yardstick.
       "first_order": ablation, drops H u: theta_t counts as a constant of the later gradients.
 
