@@ -301,7 +301,7 @@ def test_reverse_over_reverse_through_pallas_names_the_backends_that_can(backend
       jax.grad(projected)(hidden)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None, derandomize=True)
 @given(
   n=st.integers(1, 9),
   d=st.integers(1, 5),
@@ -316,7 +316,7 @@ def test_any_shape_in_any_chunks_is_the_dense_loss(n, d, v, elements, seed):
 
 
 @pytest.mark.parametrize("backend", PALLAS)
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(n=st.integers(1, 50), d=st.integers(1, 40), v=st.integers(1, 600), seed=st.integers(0, 99))
 def test_any_shape_in_any_blocks_is_the_dense_loss(backend, n, d, v, seed):
   with pytest.MonkeyPatch.context() as patch:
