@@ -42,23 +42,23 @@ def score_weighted_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (sum_n weights[n] * nll[n], nll): float32 [] and [N].
 
-    Args:
-      hidden: [N, D] float32 or bfloat16; the model's last hidden states.
-      unembedding: [V, D]; cast to hidden's dtype, products are accumulated in float32.
-      targets: [N] int32 in [0, V).
-      weights: [N]; 0 for a masked token (its nll is still computed).
-      backend: a name in BACKENDS; None takes `default_backend()`.
-      vocab_axis: inside shard_map, the mesh axis that the vocabulary is sharded over: `unembedding`
-        is then this shard's rows, in the order of the axis, and `targets` still count from 0 to V.
+  Differentiable with respect to hidden, unembedding and weights, through either output. Reading
+  gradients off `nll` costs a second pass, off the loss alone it does not.
 
   Inside shard_map, pass check_vma=False to it and differentiate the sharded function from outside:
   gradients of what is replicated are summed over the shards there.
 
-    Differentiable with respect to hidden, unembedding and weights, through either output. Reading
-    gradients off `nll` costs a second pass, off the loss alone it does not.
+  Args:
+    hidden: [N, D] float32 or bfloat16; the model's last hidden states.
+    unembedding: [V, D]; cast to hidden's dtype, products are accumulated in float32.
+    targets: [N] integers in [0, V).
+    weights: [N]; 0 for a masked token (its nll is still computed).
+    backend: a name in BACKENDS; None takes `default_backend()`.
+    vocab_axis: inside shard_map, the mesh axis that the vocabulary is sharded over: `unembedding`
+      is then this shard's rows, in the order of the axis, and `targets` still count from 0 to V.
 
-    Raises:
-      ValueError: for shapes or dtypes that do not fit, or an unknown backend.
+  Raises:
+    ValueError: for shapes or dtypes that do not fit, or an unknown backend.
   """
   name = backend or default_backend()
   if name not in BACKENDS:
@@ -69,6 +69,7 @@ def score_weighted_loss(
     raise ValueError(
       f"hidden is {hidden.dtype}: {name} takes float32 and bfloat16, backend='xla' any float"
     )
+  targets = targets.astype(jnp.int32)  # columns are counted in it: a narrower one would wrap
   return _loss(name, vocab_axis, hidden, unembedding, targets, weights)
 
 
@@ -85,6 +86,8 @@ def _check(hidden, unembedding, targets, weights):
   )
   if hidden.ndim != 2 or unembedding.ndim != 2 or hidden.shape[1] != unembedding.shape[1]:
     raise ValueError(f"hidden must be [N, D] and unembedding [V, D]: {shapes}")
+  if not (hidden.size and unembedding.size):
+    raise ValueError(f"N, D and V must be at least 1: {shapes}")
   if targets.shape != hidden.shape[:1] or weights.shape != hidden.shape[:1]:
     raise ValueError(f"targets and weights must be [N], N = hidden.shape[0]: {shapes}")
   if not jnp.issubdtype(targets.dtype, jnp.integer):
@@ -124,11 +127,10 @@ def _loss_bwd(backend, vocab_axis, residuals, cotangents):
   ct_weights = weights_share * nll
   if inputs is None:
     return None, None, None, ct_weights
-  ct_hidden = ct_loss.astype(d_hidden.dtype) * d_hidden
-  ct_unembedding = ct_loss.astype(d_unembedding.dtype) * d_unembedding
-  if not isinstance(
-    ct_nll, SymbolicZero
-  ):  # nll was used on its own: a pass weighted by its cotangent
+  # In float32: a cotangent rounded to bfloat16 would scale the whole gradient by its error.
+  ct_hidden = (ct_loss * d_hidden).astype(d_hidden.dtype)
+  ct_unembedding = (ct_loss * d_unembedding).astype(d_unembedding.dtype)
+  if not isinstance(ct_nll, SymbolicZero):  # nll was used on its own: its cotangent as weights
     _, more_hidden, more_unembedding = BACKENDS[backend].nll_and_grads(*inputs, ct_nll, vocab_axis)
     ct_hidden, ct_unembedding = ct_hidden + more_hidden, ct_unembedding + more_unembedding
   return ct_hidden, ct_unembedding, None, ct_weights

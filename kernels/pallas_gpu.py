@@ -89,7 +89,7 @@ def block_sizes(n: int, d: int, v: int, dtype, device: str, tangents: bool) -> B
     else:
       block_D //= 2
   # Whole tiles; a chunk size that divides V, where there is one, saves the rest's own buffers.
-  most = max(CHUNK_ELEMENTS // n, 1024) // block_V * block_V
+  most = min(max(CHUNK_ELEMENTS // n, 1024) // block_V, pl.cdiv(v, block_V)) * block_V
   chunk_V = min(range(block_V, most + 1, block_V), key=lambda c: (c <= most // 2, v % c > 0, -c))
   chunk_V = min(v, chunk_V)
   return Blocks(block_N, block_V, block_D, chunk_V, chip.warps, stages)

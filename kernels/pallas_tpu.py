@@ -323,11 +323,10 @@ token_nll, nll_and_grads = differentiable("pallas_tpu", _statistics, _gradients,
 
 
 def _padded(x, rows):
-  """Tokens to `rows` and D to whole lanes, with zeros; vectors as columns, targets as int32."""
+  """Tokens to `rows` and D to whole lanes, with zeros; vectors as columns."""
   padded = {}
   for name, value in x.items():
     if value is not None:
-      value = value.astype(jnp.int32) if name == "y" else value
       value = value[:, None] if value.ndim == 1 else value
       lanes = -value.shape[1] % LANES if name in ("h", "w", "dh", "dw") else 0
       more = 0 if name in ("w", "dw") else rows - value.shape[0]

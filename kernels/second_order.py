@@ -31,7 +31,8 @@ def differentiable(backend: str, statistics: Callable, gradients: Callable, tang
     lse, target, mean, d_target = statistics(h, w, y, dh, dw)
     if axis_name is None:
       return lse, target, mean, d_target
-    everywhere = combine_lse(lse, axis_name)
+    maximum = jax.lax.pmax(lse, axis_name)
+    everywhere = maximum + jnp.log(jax.lax.psum(jnp.exp(lse - maximum), axis_name))
     if mean is not None:
       mean = jax.lax.psum(jnp.exp(lse - everywhere) * mean, axis_name)
       d_target = jax.lax.psum(d_target, axis_name)
@@ -81,15 +82,6 @@ def shard_targets(targets, unembedding, axis_name: str | None):
   if axis_name is None:
     return targets
   return targets - jax.lax.axis_index(axis_name).astype(targets.dtype) * unembedding.shape[0]
-
-
-def combine_lse(lse, axis_name: str | None):
-  """logsumexp over the shards of the vocabulary."""
-  if axis_name is None:
-    return lse
-  # The maximum only keeps exp in range: it cancels, and its derivative with it.
-  maximum = jax.lax.pmax(jax.lax.stop_gradient(lse), axis_name)
-  return maximum + jnp.log(jax.lax.psum(jnp.exp(lse - maximum), axis_name))
 
 
 def _in_turn(call):

@@ -5,13 +5,13 @@
 
 Matmul units (one = 2 N D V FLOPs): value 1, gradient 3 (the minimum), forward-over-reverse 7
 (the minimum; XLA drops the primal d_hidden and d_unembedding where nobody reads them). N is padded
-to a multiple of the chunk with tokens of weight 0: at most one chunk, chunks are evened out first.
+to a multiple of the chunk with tokens of weight 0: less than a chunk, as chunks are evened out.
 """
 
 import jax
 import jax.numpy as jnp
 
-from kernels.second_order import combine_lse, shard_targets
+from kernels.second_order import shard_targets
 
 CHUNK_ELEMENTS = 2**25  # logits per chunk, at most: 128 MiB in float32
 
@@ -22,7 +22,7 @@ def token_nll(hidden, unembedding, targets, vocab_axis=None):
   targets = shard_targets(targets, unembedding, vocab_axis)
 
   def chunk(hidden_CD, targets_C):
-    logits_CV = _matmul(hidden_CD, unembedding.T)
+    logits_CV = _centred_logits(hidden_CD, unembedding, vocab_axis)
     return _lse_and_nll(logits_CV, _one_hot(targets_C, logits_CV), vocab_axis)[1]
 
   (hidden, targets), n = _split((hidden, targets), unembedding.shape[0])
@@ -41,7 +41,7 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
   targets = shard_targets(targets, unembedding, vocab_axis)
 
   def chunk(hidden_CD, targets_C, weights_C):
-    logits_CV = _matmul(hidden_CD, table.T)
+    logits_CV = _centred_logits(hidden_CD, table, vocab_axis)
     is_target_CV = _one_hot(targets_C, logits_CV)
     lse_C, nll_C = _lse_and_nll(logits_CV, is_target_CV, vocab_axis)
     d_logits_CV = weights_C[:, None] * (jnp.exp(logits_CV - lse_C[:, None]) - is_target_CV)
@@ -65,10 +65,23 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
   return nll.reshape(-1)[:n], d_hidden, d_table.astype(unembedding.dtype)
 
 
+def _centred_logits(hidden_CD, table, vocab_axis):
+  """Less each token's largest: exp stays in range, and lse keeps its digits beside large logits."""
+  logits_CV = _matmul(hidden_CD, table.T)
+  # No derivative: the loss does not depend on what is taken from all logits of a token.
+  maximum_C = jax.lax.stop_gradient(logits_CV).max(-1)
+  if vocab_axis is not None:
+    maximum_C = jax.lax.pmax(maximum_C, vocab_axis)
+  return logits_CV - maximum_C[:, None]
+
+
 def _lse_and_nll(logits_CV, is_target_CV, vocab_axis):
-  lse_C = combine_lse(jax.nn.logsumexp(logits_CV, -1), vocab_axis)
+  total_C = jnp.sum(jnp.exp(logits_CV), -1)
   target_C = jnp.sum(logits_CV, -1, where=is_target_CV)
-  return lse_C, lse_C - (target_C if vocab_axis is None else jax.lax.psum(target_C, vocab_axis))
+  if vocab_axis is not None:
+    total_C, target_C = jax.lax.psum((total_C, target_C), vocab_axis)
+  lse_C = jnp.log(total_C)
+  return lse_C, lse_C - target_C
 
 
 def _split(arrays, vocabulary):
@@ -76,6 +89,7 @@ def _split(arrays, vocabulary):
   n = arrays[0].shape[0]
   chunks = -(-n * vocabulary // CHUNK_ELEMENTS)
   rows = -(-n // chunks)
+  chunks = -(-n // rows)  # fewer, where whole rows left chunks of nothing but pad
   padded = (
     jnp.pad(x, [(0, chunks * rows - n)] + [(0, 0)] * (x.ndim - 1)) if chunks * rows > n else x
     for x in arrays
