@@ -82,6 +82,12 @@ class Corpus:
     if self.config.outer_data:
       names = ", ".join(self.config.outer_data)
       lines.append(f"outer data {names}: {report.in_outer_data} of its documents left out of data")
+    noisy = self.splits["outer"].noise[:10_000] > 0
+    if noisy.any():
+      lines.append(
+        f"note: {noisy.mean():.0%} of the outer sequences have a known noise level too: the rater "
+        "learns what helps on noisy text. Name clean text with --outer_data for what helps on that"
+      )
     for split in SPLITS:
       tokens, rows = report.tokens.get(split, 0), report.sequences.get(split, 0)
       lines.append(

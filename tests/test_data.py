@@ -489,6 +489,16 @@ def test_two_builders_at_once(corpus_file, tmp_path):
   assert all(np.array_equal(c.splits["outer"].tokens, got[0].splits["outer"].tokens) for c in got)
 
 
+def test_a_noisy_outer_split_is_said_with_the_mend(corpus_file, corpus, tmp_path):
+  assert "--outer_data" not in corpus.summary()
+  noisy = _jsonl(tmp_path / "n.jsonl", [{"text": t.upper(), "noise": 0.5} for t in _texts(300)])
+  corpus = data.load_corpus(_config(noisy), tmp_path / "cache", progress=False)
+  assert "100% of the outer sequences have a known noise level" in corpus.summary()
+  assert "--outer_data" in corpus.summary()
+  clean = _config(noisy, outer_data=(corpus_file,))
+  assert "known noise" not in data.load_corpus(clean, tmp_path / "cache", False).summary()
+
+
 def test_outer_data_is_the_outer_split_and_is_kept_out_of_the_others(tmp_path):
   texts = _texts(400)
   outer = _jsonl(tmp_path / "outer.jsonl", [{"text": t, "source": "o"} for t in texts[:90]])
