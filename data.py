@@ -322,9 +322,10 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress
   for split, share in shares.items():
     if share and not report.sequences[split]:
       total = sum(sum(counts.values()) for counts in report.documents.values())
+      also = f" ({report.in_outer_data} left out: in outer_data)" if report.in_outer_data else ""
       raise DataError(
-        f"the {split} split got none of the {total} documents of {', '.join(config.data)}: give "
-        "more data (or a larger fraction for that split)"
+        f"the {split} split got none of the {total} documents of {', '.join(config.data)}{also}: "
+        "give more data (or a larger fraction for that split)"
       )
   meta = {"sources": list(sources), "report": vars(report)}
   (temp / "corpus" / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")

@@ -516,6 +516,8 @@ def test_outer_data_is_the_outer_split_and_is_kept_out_of_the_others(tmp_path):
   assert other.fingerprint != corpus.fingerprint
   with pytest.raises(DataError, match="nowhere.jsonl does not exist"):
     data.load_corpus(_config(path, outer_data=("nowhere.jsonl",)), tmp_path / "cache", False)
+  with pytest.raises(DataError, match="train split got none .*90 left out: in outer_data"):
+    data.load_corpus(_config(outer, outer_data=(outer,)), tmp_path / "cache", False)
 
 
 def test_demo_is_half_corrupted_but_never_in_outer(tmp_path, monkeypatch):
