@@ -11,19 +11,20 @@ documents at some meta-steps), and at the end summary.txt, results.json and figu
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 
+import cli
 import cpu
 import data
 import datarater
@@ -32,11 +33,8 @@ import kernels
 import meta_step
 import report
 import transformer
-from workdir import Checkpoints, Metrics, StopSignal, UserError, check, open_workdir
-
-
-def option(default: Any, help: str):
-  return dataclasses.field(default=default, metadata={"help": help})
+from cli import check, option
+from workdir import Checkpoints, Metrics, StopSignal, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,43 +144,15 @@ PRESETS = {
 
 SNAPSHOTS = (0, 10, 30, 70)  # meta-steps of the paper's Fig. 3; the last one is added
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed")
-flags.DEFINE_string("cache_dir", ".cache", "folder of the tokenised corpora")
-flags.DEFINE_enum("preset", "demo", list(PRESETS), "defaults of the flags below; demo's are shown")
-flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
 
-
-def _define_flags():
-  defines = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-  for field in dataclasses.fields(Config):
-    help = f"{field.metadata['help']} [{field.default}]"
-    if "tuple" in str(field.type):
-      flags.DEFINE_list(field.name, None, help)
-    else:
-      kind = next(k for k in defines if k.__name__ in str(field.type))
-      defines[kind](field.name, None, help)
-
-
-def main(argv):
-  check(len(argv) == 1, f"unexpected argument {argv[1:]}: flags look like --name=value")
+def main():
+  FLAGS = flags.FLAGS
   check(FLAGS.workdir is not None, "name a folder for the run with --workdir")
-  config = config_from_flags()
+  config = cli.config_from_flags(Config, PRESETS[FLAGS.preset])
   logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   if FLAGS.keep_freed_memory:
     cpu.keep_freed_memory()
   train(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir))
-
-
-def config_from_flags() -> Config:
-  given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Config)}
-  given = {name: value for name, value in given.items() if value is not None}
-  return make_config(PRESETS[FLAGS.preset] | given)
-
-
-def make_config(values: dict) -> Config:
-  """A Config of values from flags or JSON, where tuples are lists."""
-  return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def train(config: Config, workdir: Path, cache_dir: Path) -> None:
@@ -339,36 +309,55 @@ def score_documents(rater_score, eta, documents, tokenizer, config: Config) -> n
   return (total / np.maximum(count, 1)).astype(np.float32)
 
 
-def load_rater(workdir: str | os.PathLike):
-  """The rater of a finished or running workdir: a function from texts to scores [n] float32."""
+class TrainedRater(NamedTuple):
+  """The rater of a workdir, with what it takes to rate text as it was trained to."""
+
+  config: Config  # of the run that trained it
+  tokenizer: data.Tokenizer
+  eta: Any
+  score: Callable[[Any, transformer.Batch], jax.Array]  # jitted: (eta, [B, S]) -> [B] float32
+  parameters: int
+  fingerprint: str  # of eta, its architecture and its tokenizer
+
+
+def open_rater(workdir: str | os.PathLike) -> TrainedRater:
+  """The rater of a finished or running workdir, of its last checkpoint.
+
+  Raises:
+    UserError: the folder holds no run, or no checkpoint yet.
+  """
   workdir = Path(workdir)
   check((workdir / "config.json").exists(), f"{workdir} holds no run: no config.json in it")
   saved = json.loads((workdir / "config.json").read_text())
-  config = make_config(saved["config"])
+  config = cli.make_config(Config, saved["config"])
   tokenizer = data.load_tokenizer(config.tokenizer)
   rater = make_rater(config, tokenizer.vocab_size)
   eta = Checkpoints(workdir).restore_eta(jax.eval_shape(rater.init, jax.random.PRNGKey(0)))
-  rater_score = jax.jit(rater.score)
+  digest = hashlib.blake2b(f"{config.rater} {config.dtype} {tokenizer.fingerprint}".encode())
+  for leaf in jax.tree.leaves(jax.device_get(eta)):
+    digest.update(np.ascontiguousarray(leaf))
+  parameters = transformer.parameter_count(eta)
+  score = jax.jit(rater.score)
+  return TrainedRater(config, tokenizer, eta, score, parameters, digest.hexdigest()[:16])
+
+
+def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarray]:
+  """The rater of a workdir as a function from texts to scores [n] float32."""
+  rater = open_rater(workdir)
 
   def score(texts: Iterable[str]) -> np.ndarray:
     documents = [data.Document(text, "", str(i)) for i, text in enumerate(texts)]
-    return score_documents(rater_score, eta, documents, tokenizer, config)
+    return score_documents(rater.score, rater.eta, documents, rater.tokenizer, rater.config)
 
   return score
 
 
-def run_main():
-  _define_flags()
-
-  def guarded(argv):
-    try:
-      main(argv)
-    except (UserError, data.DataError) as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(2)
-
-  app.run(guarded)
-
-
 if __name__ == "__main__":
-  run_main()
+  flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed")
+  flags.DEFINE_string("cache_dir", ".cache", "folder of the tokenised corpora")
+  flags.DEFINE_enum(
+    "preset", "demo", list(PRESETS), "defaults of the flags below; demo's are shown"
+  )
+  flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
+  cli.define_flags(Config)
+  cli.run(main)

@@ -44,10 +44,11 @@ class TransformerConfig:
 
 
 # The shapes of Chinchilla's table A9; its counts are met with 32,000 tied embeddings (a test holds
-# that), 1B by 944M. `tiny` to `small` are for CPUs.
+# that), 1B by 944M. `nano` to `small` are for CPUs.
 PRESETS = {
   name: dict(d_model=d, n_layers=layers, n_heads=heads, head_dim=k, d_ff=4 * d)
   for name, (d, layers, heads, k) in {
+    "nano": (32, 1, 2, 16),
     "tiny": (64, 2, 2, 32),
     "mini": (128, 2, 4, 32),
     "small": (256, 4, 4, 64),

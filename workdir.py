@@ -11,15 +11,7 @@ import tqdm
 
 import meta_step
 import report
-
-
-class UserError(ValueError):
-  """A mistake of the user's: printed as one line, cause and mend."""
-
-
-def check(condition: bool, message: str):
-  if not condition:
-    raise UserError(message)
+from cli import UserError, check
 
 
 def open_workdir(workdir: Path, config: Any, corpus_fingerprint: str) -> None:

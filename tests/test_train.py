@@ -202,7 +202,7 @@ def wait_until(condition, process, seconds=300):
     (["--members_per_step=3"], "must lie in 1..--n_models=2"),
     (["--lifetime=1"], "shorter than one window of --inner_steps=2"),
     (["--mode=sideways"], "choose one of mixed"),
-    (["--model=huge"], "choose one of tiny"),
+    (["--model=huge"], "choose one of nano"),
     (["--loss_backend=cuda"], "choose one of reference"),
     (["--tokenizer=missing.json"], "missing.json"),
     (["--text_field=body"], "text"),
