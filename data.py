@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,17 +159,33 @@ def batch_iterator(
     raise DataError(f"a batch axis of {shape[-1]} cannot be shared by {process_count} processes")
   part = shape[-1] // process_count
   mine = np.s_[..., process_index * part : (process_index + 1) * part]
+  order = lambda step: drawn_rows(rows, seed, step * size, size).reshape(shape)[mine]
+  return row_batches(split, order, start_step)
 
+
+def drawn_rows(rows: int, seed: int, start: int, count: int) -> np.ndarray:
+  """The draws start, start + 1, ... [count] of the endless order of `seed` over rows 0..rows-1.
+
+  Each epoch is a new permutation, each draw a function of (rows, seed, its number) alone.
+  """
   mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # seeds 0 and 1 share no epoch
+  draws = (divmod(draw, rows) for draw in range(start, start + count))
+  # What grain's own shuffle does, without its cost of 15 us a sequence.
+  chosen = [
+    grain.experimental.index_shuffle(i, rows - 1, seed=(mixed + epoch) % 2**32, rounds=4)
+    for epoch, i in draws
+  ]
+  return np.array(chosen, np.int64)
+
+
+def row_batches(
+  split: Split, rows_of_step: Callable[[int], np.ndarray], start_step: int = 0
+) -> Iterator[Batch]:
+  """Endless batches: of step t the rows that `rows_of_step(t)` names, formed ahead by threads."""
 
   def batch(step: int) -> Batch:
-    draws = (divmod(draw, rows) for draw in range(step * size, (step + 1) * size))
-    chosen = [  # what grain's own shuffle does, without its cost of 15 us a sequence
-      grain.experimental.index_shuffle(i, rows - 1, seed=(mixed + epoch) % 2**32, rounds=4)
-      for epoch, i in draws
-    ]
-    chosen = np.reshape(chosen, shape)[mine]
-    return Batch(split.tokens[chosen].astype(np.int32), split.segments[chosen].astype(np.int32))
+    rows = rows_of_step(step)
+    return Batch(split.tokens[rows].astype(np.int32), split.segments[rows].astype(np.int32))
 
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   return iter(grain.MapDataset.range(start_step, 2**62).map(batch).to_iter_dataset(options))

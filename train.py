@@ -326,10 +326,7 @@ def open_rater(workdir: str | os.PathLike) -> TrainedRater:
   Raises:
     UserError: the folder holds no run, or no checkpoint yet.
   """
-  workdir = Path(workdir)
-  check((workdir / "config.json").exists(), f"{workdir} holds no run: no config.json in it")
-  saved = json.loads((workdir / "config.json").read_text())
-  config = cli.make_config(Config, saved["config"])
+  workdir, config = Path(workdir), rater_config(workdir)
   tokenizer = data.load_tokenizer(config.tokenizer)
   rater = make_rater(config, tokenizer.vocab_size)
   eta = Checkpoints(workdir).restore_eta(jax.eval_shape(rater.init, jax.random.PRNGKey(0)))
@@ -339,6 +336,13 @@ def open_rater(workdir: str | os.PathLike) -> TrainedRater:
   parameters = transformer.parameter_count(eta)
   score = jax.jit(rater.score)
   return TrainedRater(config, tokenizer, eta, score, parameters, digest.hexdigest()[:16])
+
+
+def rater_config(workdir: str | os.PathLike) -> Config:
+  """The configuration of the run in a workdir."""
+  path = Path(workdir) / "config.json"
+  check(path.exists(), f"{workdir} holds no run of train.py: no config.json in it")
+  return cli.make_config(Config, json.loads(path.read_text())["config"])
 
 
 def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarray]:

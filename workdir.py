@@ -3,15 +3,16 @@
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 import tqdm
 
-import meta_step
 import report
 from cli import UserError, check
+
+State = TypeVar("State", bound=NamedTuple)
 
 
 def open_workdir(workdir: Path, config: Any, corpus_fingerprint: str) -> None:
@@ -46,7 +47,7 @@ def open_workdir(workdir: Path, config: Any, corpus_fingerprint: str) -> None:
 
 
 class Checkpoints:
-  """Orbax checkpoints of the whole MetaState; each appears atomically."""
+  """Orbax checkpoints of a state, a NamedTuple of arrays; each appears atomically."""
 
   def __init__(self, workdir: Path):
     self.folder = workdir.resolve() / "checkpoints"
@@ -54,10 +55,10 @@ class Checkpoints:
       self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     )
 
-  def save(self, step: int, state: meta_step.MetaState):
+  def save(self, step: int, state: State):
     self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
 
-  def restore_latest(self, state: meta_step.MetaState) -> meta_step.MetaState:
+  def restore_latest(self, state: State) -> State:
     step = self.manager.latest_step()
     if step is None:
       return state
@@ -87,7 +88,7 @@ class Checkpoints:
 
 
 class Metrics:
-  """metrics.jsonl: a line per meta-step, up to the checkpoint a run resumes from."""
+  """A line per step, up to the step of the checkpoint from which a run resumes."""
 
   def __init__(self, path: Path, start: int):
     kept = []
@@ -100,7 +101,11 @@ class Metrics:
     report.write_atomically(path, lambda f: f.write("".join(x + "\n" for x in kept).encode()))
     self.file = open(path, "a")
 
+  def append(self, row: dict):
+    print(json.dumps(row), file=self.file, flush=True)
+
   def write(self, last_step: int, metrics: dict, bar: tqdm.tqdm):
+    """The metrics of one call of meta_step.meta_steps, [M, ...]: a line for each meta-step."""
     metrics = dict(jax.device_get(metrics))
     correlation = float(metrics.pop("score_autocorrelation"))
     M = len(metrics["outer_loss"])
@@ -108,8 +113,7 @@ class Metrics:
       row = {"step": last_step - M + 1 + i} | {k: v[i].tolist() for k, v in metrics.items()}
       if i == M - 1:
         row["score_autocorrelation"] = correlation
-      print(json.dumps(row), file=self.file)
-    self.file.flush()
+      self.append(row)
     skipped = int(metrics["skipped"].sum())
     bar.set_postfix_str(
       f"outer loss {metrics['outer_loss'][-1].mean():.3f}, "
@@ -124,8 +128,11 @@ class StopSignal:
 
   def __init__(self):
     self.requested = False
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._request)
+    self.before = {n: signal.signal(n, self._request) for n in (signal.SIGTERM, signal.SIGINT)}
+
+  def close(self):
+    for number, handler in self.before.items():
+      signal.signal(number, handler)
 
   def _request(self, number, _):
     self.requested = True

@@ -1,0 +1,543 @@
+"""Trains language models on what each selection policy keeps of a corpus, and compares them.
+
+  python evaluate.py --workdir=runs/eval --rater=runs/demo --discard=0.5
+  python evaluate.py --workdir=runs/eval --rater=runs/demo --sweep_discard=0.1,0.25,0.5,0.75,0.9
+  python evaluate.py --workdir=runs/paper --rater=runs/paper-rater --models=50m,150m,400m --dry_run
+
+Data, tokenizer and splits are the rater's, so nothing that is reported has been seen by the rater
+or its inner models. Like for like: all policies start from the same parameters, see as many tokens
+and follow the same schedule. Started again, it goes on where it stopped, to the same bytes. The
+workdir gets runs/ (a folder for each model trained: curve.jsonl, checkpoints/), scores/, and at
+the end table.md, results.json and figures.
+
+The validation split is halved by a hash of the documents' texts: `selection` chooses rho, and
+`validation` is what is reported. Where noise levels are known (the demo), both hold clean documents
+only and the others are reported as `validation_noisy`.
+"""
+
+import concurrent.futures as futures
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from absl import flags, logging
+
+import cli
+import compare
+import cpu
+import data
+import documents
+import kernels
+import report
+import selection
+import train
+import transformer
+from cli import check, option
+from workdir import Checkpoints, Metrics, StopSignal, open_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All that determines the results. Every field is a flag."""
+
+  rater: str = option("", "workdir of the trained rater, whose data and tokenizer are used")
+  # Another corpus than the rater's own.
+  data: tuple[str, ...] = option((), "as in train.py; default what the rater was trained on")
+  outer_data: tuple[str, ...] = option((), "as in train.py")
+  text_field: str | None = option(None, "as in train.py; default the rater's, as the next three")
+  source_field: str | None = option(None, "as in train.py")
+  noise_field: str | None = option(None, "as in train.py")
+  max_documents: int | None = option(None, "as in train.py")
+  # What is compared.
+  models: tuple[str, ...] = option(("tiny",), "sizes to train: names in transformer.PRESETS")
+  policies: tuple[str, ...] = option(selection.POLICIES, "names in selection.POLICIES")
+  discard: float = option(0.5, "rho, the share of a pool that each policy but none discards")
+  sweep_discard: tuple[float, ...] = option(
+    (), "values of rho to try with the smallest model; the best on `selection` replaces --discard"
+  )
+  seeds: tuple[int, ...] = option((0, 1, 2), "of parameters and order; each policy with each")
+  scorer: str | None = option(None, "size of the perplexity scorer; default the smallest of models")
+  # How they are trained; the defaults depend on the size (RECIPES).
+  batch: int | None = option(None, "N, sequences of a batch")
+  steps: int | None = option(None, "updates; rounded up to a multiple of --evaluations")
+  learning_rate: float | None = option(None, "peak of the cosine schedule")
+  dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
+  loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
+  # What they are measured on.
+  evaluations: int = option(20, "points of a learning curve")
+  eval_sequences: int = option(256, "sequences of each evaluation set, at most, evenly spaced")
+  eval_data: tuple[str, ...] = option((), "more texts for NLL, each name a set (as --data)")
+
+  def __post_init__(self):
+    check(bool(self.rater), "name the folder of a trained rater with --rater")
+    for name, choices in (("models", transformer.PRESETS), ("policies", selection.POLICIES)):
+      values = getattr(self, name)
+      wrong = [v for v in values if v not in choices]
+      check(
+        bool(values) and not wrong,
+        f"--{name}={','.join(values)}: choose among {', '.join(choices)}",
+      )
+    check("none" in self.policies, "--policies lacks none, the baseline of every comparison")
+    for rho in (self.discard, *self.sweep_discard):
+      check(0 < rho < 1, f"a discard fraction of {rho:g} must lie between 0 and 1")
+    check(len(self.seeds) > 0, "--seeds is empty")
+    check(self.evaluations >= 1, f"--evaluations={self.evaluations} must be at least 1")
+    check(self.eval_sequences >= 1, f"--eval_sequences={self.eval_sequences} must be at least 1")
+    for name, choices in (
+      ("scorer", (None, *transformer.PRESETS)),
+      ("dtype", ("float32", "bfloat16")),
+      ("loss_backend", kernels.BACKENDS),
+    ):
+      value = getattr(self, name)
+      check(value in choices, f"--{name}={value} is unknown: choose one of {choices}")
+
+
+class Recipe(NamedTuple):
+  """How a size is trained: Adam, linear warm-up over 2% of the steps, cosine decay to a tenth."""
+
+  learning_rate: float
+  batch: int
+  steps: int | None  # None: Chinchilla's 20 tokens a parameter
+
+
+RECIPES = {  # from 50m on the paper's
+  "nano": Recipe(3e-3, 16, None),
+  "tiny": Recipe(3e-3, 16, None),
+  "mini": Recipe(3e-3, 16, None),
+  "small": Recipe(2e-3, 16, None),
+  "50m": Recipe(1e-3, 128, 5_000),
+  "150m": Recipe(1e-3, 128, 12_000),
+  "400m": Recipe(1e-3, 128, 30_000),
+  "1b": Recipe(2e-4, 256, 48_000),
+}
+
+
+class Run(NamedTuple):
+  """One language model to train."""
+
+  model: str
+  policy: str  # "scorer": the perplexity scorer, unselected batches of the outer split
+  discard: float
+  seed: int
+
+  @property
+  def name(self) -> str:
+    return f"{self.model}-{self.policy}-{self.discard:g}-seed{self.seed}"
+
+
+class LMState(NamedTuple):
+  params: Any
+  opt_state: Any
+  step: jax.Array
+
+
+def main():
+  FLAGS = flags.FLAGS
+  config = cli.config_from_flags(Config)
+  check(FLAGS.workdir is not None or FLAGS.dry_run, "name a folder for the run with --workdir")
+  check(FLAGS.jobs >= 1, f"--jobs={FLAGS.jobs} must be at least 1")
+  logging.set_verbosity(logging.WARNING)
+  if FLAGS.keep_freed_memory:
+    cpu.keep_freed_memory()
+  if FLAGS.dry_run:
+    print(plan_text(config))
+  else:
+    evaluate(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir), FLAGS.jobs)
+
+
+def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> None:
+  """Trains all models of the plan that are not trained yet, and writes the comparison."""
+  inputs = open_inputs(config, cache_dir)
+  open_workdir(workdir, config, f"{inputs.corpus.fingerprint} {inputs.rater.fingerprint}")
+  print(inputs.corpus.summary())
+  print(plan_text(config), flush=True)
+  workers = Workers(config, workdir, cache_dir, jobs)
+  if "datarater" in config.policies or config.sweep_discard:
+    workers.do("rating the sequences to be drawn", rate, ["datarater"])
+  discard = config.discard
+  if config.sweep_discard:
+    sweep = sweep_runs(config)
+    workers.do("sweeping the discard fraction", train_run, sweep)
+    discard = compare.best_discard(workdir, sweep)
+    print(f"discard fraction with the lowest NLL on `selection`: {discard:g}", flush=True)
+  if set(config.policies) & set(selection.PERPLEXITY):
+    workers.do("training the perplexity scorer", train_run, [scorer_run(config)])
+    workers.do("its perplexities", rate, ["perplexity"])
+  workers.do("training", train_run, main_runs(config, discard))
+  workers.close()
+  print(compare.write(workdir, main_runs(config, discard), sweep_runs(config), costs(config)))
+
+
+def sweep_runs(config: Config) -> list[Run]:
+  """The smallest model without and with each discard fraction."""
+  smallest = min(config.models, key=lambda name: costs(config).parameters[name])
+  rhos = [("none", 0.0), *(("datarater", rho) for rho in config.sweep_discard)]
+  return [Run(smallest, *rho, s) for rho in rhos for s in config.seeds if config.sweep_discard]
+
+
+def main_runs(config: Config, discard: float) -> list[Run]:
+  return [
+    Run(model, policy, 0.0 if policy == "none" else discard, seed)
+    for model in config.models
+    for policy in config.policies
+    for seed in config.seeds
+  ]
+
+
+def scorer_run(config: Config) -> Run:
+  return Run(costs(config).scorer, "scorer", 0.0, config.seeds[0])
+
+
+@functools.cache
+def costs(config: Config) -> compare.Costs:
+  """Parameters, updates and batch of each size."""
+  settings = rater_settings(config)
+  vocab_size = data.load_tokenizer(settings.tokenizer).vocab_size
+
+  def parameters(name, init):
+    return transformer.parameter_count(jax.eval_shape(init, jax.random.PRNGKey(0)))
+
+  count = {
+    name: parameters(name, transformer.language_model(model_config(config, name, vocab_size)).init)
+    for name in {*config.models, *([config.scorer] if config.scorer else [])}
+  }
+  smallest = min(config.models, key=count.get)
+  recipes = {}
+  for name in count:
+    recipe = RECIPES[name]
+    batch = config.batch or recipe.batch
+    steps = config.steps or recipe.steps
+    steps = steps or math.ceil(20 * count[name] / (batch * settings.sequence_length))
+    steps = math.ceil(steps / config.evaluations) * config.evaluations
+    recipes[name] = Recipe(config.learning_rate or recipe.learning_rate, batch, steps)
+  rater = parameters("rater", train.make_rater(settings, vocab_size).init)
+  scorer = config.scorer or smallest
+  return compare.Costs(count, rater, scorer, recipes, settings.sequence_length)
+
+
+def model_config(config: Config, name: str, vocab_size: int) -> transformer.TransformerConfig:
+  return transformer.preset(name, vocab_size, dtype=config.dtype)
+
+
+def rater_settings(config: Config) -> train.Config:
+  """The rater's own configuration, with the corpus of --data if one is named."""
+  settings = train.rater_config(config.rater)
+  names = ("data", "outer_data", "text_field", "source_field", "noise_field", "max_documents")
+  given = {name: getattr(config, name) for name in names}
+  given = {name: value for name, value in given.items() if value not in (None, ())}
+  if "data" in given:
+    given = {"outer_data": (), "max_documents": None} | given
+  return dataclasses.replace(settings, **given)
+
+
+def plan_text(config: Config) -> str:
+  """What will be trained, with its FLOPs: 6 N D of a model and 2 N a token rated."""
+  c = costs(config)
+  lines = [f"rater: {c.rater:,} parameters; perplexity scorer {c.scorer}"]
+  lines.append(f"{'model':6} {'policy':12} {'rho':>5} {'runs':>4} {'steps':>7} {'TFLOP each':>11}")
+  runs = [*sweep_runs(config), *main_runs(config, config.discard)]
+  if set(config.policies) & set(selection.PERPLEXITY):
+    runs.append(scorer_run(config))
+  kinds = {}
+  for run in dict.fromkeys(runs):
+    kinds.setdefault(run[:3], []).append(run)
+  total = 0
+  for (model, policy, rho), members in kinds.items():
+    flops = c.flops(model, policy, rho)
+    total += flops * len(members)
+    recipe = c.recipes[model]
+    lines.append(
+      f"{model:6} {policy:12} {rho:5.2f} {len(members):4} {recipe.steps:7,} {flops / 1e12:11.4g}"
+    )
+  tokens = {m: r.steps * r.batch * c.sequence_length for m, r in c.recipes.items()}
+  seen = ", ".join(f"{m} {t:,} ({t / c.parameters[m]:.1f} a parameter)" for m, t in tokens.items())
+  lines.append(f"tokens seen by each model: {seen}")
+  also = "; if the sweep picks another rho, as many again for it" if config.sweep_discard else ""
+  return "\n".join([*lines, f"in all {total / 1e12:.4g} TFLOP{also}"])
+
+
+class Inputs(NamedTuple):
+  corpus: data.Corpus
+  rater: train.TrainedRater
+  eval_sets: dict[str, transformer.Batch]  # name -> rows [blocks, rows, S]
+
+
+@functools.lru_cache(maxsize=1)
+def open_inputs(config: Config, cache_dir: Path) -> Inputs:
+  settings = rater_settings(config)
+  corpus = data.load_corpus(train.data_config(settings), cache_dir)
+  texts = {"selection": [], "validation": [], "validation_noisy": []}
+  for document in corpus.validation_documents():
+    second_half = documents.split_of(document.text, corpus.config)[1] & 1
+    noisy = "_noisy" if second_half and document.noise > 0 else ""
+    if noisy or not document.noise > 0:
+      texts["validation" + noisy if second_half else "selection"].append(document)
+  for name in config.eval_data:
+    texts[name] = documents.read_documents(
+      dataclasses.replace(corpus.config, data=(name,), outer_data=(), max_documents=None)
+    )
+  sets = {}
+  for name, members in texts.items():
+    rows = _evenly(members, corpus.tokenizer, settings.sequence_length, config.eval_sequences)
+    if rows is not None:
+      sets[name] = rows
+  for name in ("selection", "validation"):
+    check(name in sets, f"no clean document falls in the half `{name}` of the validation split")
+  return Inputs(corpus, train.open_rater(config.rater), sets)
+
+
+def _evenly(members: Iterable[data.Document], tokenizer, sequence_length: int, limit: int):
+  """At most `limit` pieces of the documents, as a Batch [blocks, rows, S]; None without any."""
+  tokens, segments = [], []
+  for batch, index, _ in data.document_batches(members, tokenizer, sequence_length, 64):
+    tokens.append(batch.tokens[index >= 0].astype(np.int32))
+    segments.append(batch.segments[index >= 0].astype(np.uint8))
+  if not tokens:
+    return None
+  tokens, segments = np.concatenate(tokens), np.concatenate(segments)
+  chosen = np.unique(np.linspace(0, len(tokens) - 1, min(limit, len(tokens))).astype(int))
+  rows = min(64, len(chosen))
+  pad = -len(chosen) % rows
+
+  def blocks(x):
+    x = np.pad(x[chosen], [(0, pad), (0, 0)])  # segment 0: padding, nothing is counted
+    return x.reshape(-1, rows, sequence_length).astype(np.int32)
+
+  return transformer.Batch(blocks(tokens), blocks(segments))
+
+
+def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bool = True) -> None:
+  """Writes scores/`kind`.npy [R] float32: of every training sequence that some run will draw, its
+  score phi_eta ("datarater") or its mean NLL under the scorer ("perplexity"); nan elsewhere.
+
+  Both scorers are frozen, so this equals scoring each pool when it is drawn, but happens once.
+  """
+  path = workdir / "scores" / f"{kind}.npy"
+  if path.exists():
+    return
+  path.parent.mkdir(exist_ok=True)
+  inputs = open_inputs(config, cache_dir)
+  split = inputs.corpus.splits["train"]
+  if kind == "datarater":
+    score = functools.partial(inputs.rater.score, inputs.rater.eta)
+  else:
+    model, _, state = _model(scorer_run(config), config, inputs.corpus.vocab_size)
+    params = Checkpoints(workdir / "runs" / scorer_run(config).name).restore_latest(state).params
+    score = jax.jit(lambda batch: model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1])
+  rows = _rows_drawn(config, len(split.tokens), kind)
+  values = np.full(len(split.tokens), np.nan, np.float32)
+  chunks = [rows[i : i + 128] for i in range(0, len(rows), 128)]
+  for chunk in tqdm.tqdm(chunks, kind, unit=" batches", disable=not progress):
+    padded = np.resize(chunk, 128)  # one shape, one program
+    batch = [x[padded].astype(np.int32) for x in (split.tokens, split.segments)]
+    values[chunk] = np.asarray(score(transformer.Batch(*batch)))[: len(chunk)]
+  report.write_atomically(path, lambda file: np.save(file, values))
+
+
+def _rows_drawn(config: Config, rows: int, kind: str) -> np.ndarray:
+  """The training sequences, sorted, that stand in some pool of a run that needs these values."""
+  rhos = [config.discard, *(config.sweep_discard)]
+  drawn = np.zeros(rows, bool)
+  for model in config.models:
+    recipe = costs(config).recipes[model]
+    draws = recipe.steps * max(selection.pool_size(kind, recipe.batch, rho) for rho in rhos)
+    if draws >= rows:
+      return np.arange(rows)
+    for seed in config.seeds:
+      drawn[data.drawn_rows(rows, seed, 0, draws)] = True
+  return np.flatnonzero(drawn)
+
+
+def train_run(
+  run: Run, config: Config, workdir: Path, cache_dir: Path, progress: bool = True
+) -> None:
+  """Trains one language model; its folder gets curve.jsonl and, last of all, `done`."""
+  folder = workdir / "runs" / run.name
+  if (folder / "done").exists():
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  inputs, recipe = open_inputs(config, cache_dir), costs(config).recipes[run.model]
+  model, optimizer, state = _model(run, config, inputs.corpus.vocab_size)
+  grain = recipe.steps // config.evaluations
+  per_call = max(n for n in range(1, min(grain, 50) + 1) if grain % n == 0)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_steps(state, batches):
+    def step(state, batch):
+      weights_B = jnp.full(recipe.batch, 1 / recipe.batch)
+      gradient, nll_B = jax.grad(model.loss, has_aux=True)(state.params, weights_B, batch)
+      updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      return LMState(params, opt_state, state.step + 1), nll_B.mean()
+
+    return jax.lax.scan(step, state, batches)
+
+  evaluate_nll = jax.jit(functools.partial(mean_nll, model))
+  checkpoints = Checkpoints(folder)
+  state = checkpoints.restore_latest(state)
+  start = int(state.step)
+  curve = Metrics(folder / "curve.jsonl", start)
+  batches = selected_batches(run, config, workdir, inputs.corpus, per_call, start // per_call)
+  bar = tqdm.tqdm(
+    total=recipe.steps, initial=start, unit="step", desc=run.name, disable=not progress
+  )
+  stop, saved, losses = StopSignal(), time.monotonic(), []
+  for step in range(start + per_call, recipe.steps + 1, per_call):
+    state, loss = train_steps(state, next(batches))
+    losses.append(loss)
+    if step % grain == 0:
+      nll = {name: float(evaluate_nll(state.params, s)) for name, s in inputs.eval_sets.items()}
+      curve.append({"step": step, "train": float(np.mean(losses)), "nll": nll})
+      losses.clear()
+      bar.set_postfix_str(f"validation {nll['validation']:.3f}")
+    if step == recipe.steps or (
+      step % grain == 0 and (stop.requested or time.monotonic() > saved + 60)
+    ):
+      checkpoints.save(step, state)
+      saved = time.monotonic()
+    bar.update(per_call)
+    if stop.requested and step % grain == 0 and step < recipe.steps:
+      checkpoints.close()
+      print(f"stopped: checkpoint written after step {step}; start again to go on", flush=True)
+      raise SystemExit(0)
+  bar.close()
+  stop.close()
+  checkpoints.close()
+  (folder / "done").touch()
+
+
+def _model(run: Run, config: Config, vocab_size: int):
+  """The language model of a run, its optimiser, and its fresh state."""
+  recipe = costs(config).recipes[run.model]
+  model = transformer.language_model(
+    model_config(config, run.model, vocab_size), config.loss_backend
+  )
+  warmup = max(1, recipe.steps // 50)
+  peak = recipe.learning_rate
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adam(optax.warmup_cosine_decay_schedule(0, peak, warmup, recipe.steps, peak / 10)),
+  )
+
+  def init(key):
+    params = model.init(key)
+    return LMState(params, optimizer.init(params), jnp.int32(0))
+
+  return model, optimizer, jax.jit(init)(jax.random.PRNGKey(run.seed))
+
+
+def mean_nll(model: transformer.LanguageModel, params, rows: transformer.Batch) -> jax.Array:
+  """NLL in nats a token of rows [blocks, rows, S]: every counted token weighs the same."""
+
+  def block(batch):
+    nll_B = model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]
+    count_B = transformer.next_token_targets(batch)[1].sum(-1)
+    return (nll_B * count_B).sum(), count_B.sum()
+
+  total, count = jax.lax.map(block, rows)
+  return total.sum() / jnp.maximum(count.sum(), 1)
+
+
+def selected_batches(
+  run: Run, config: Config, workdir: Path, corpus: data.Corpus, per_call: int, start_call: int
+):
+  """Batches [per_call, N, S] of what the policy keeps of each pool; a function of (run, step)."""
+  batch = costs(config).recipes[run.model].batch
+  split = corpus.splits["outer" if run.policy == "scorer" else "train"]
+  rows = len(split.tokens)
+  kind = {"datarater": "datarater"} | dict.fromkeys(selection.PERPLEXITY, "perplexity")
+  values = np.zeros(rows, np.float32)
+  if run.policy in kind:
+    values = np.load(workdir / "scores" / f"{kind[run.policy]}.npy")
+  policy = "none" if run.policy == "scorer" else run.policy
+  pool = selection.pool_size(policy, batch, run.discard)
+  check(
+    rows >= pool, f"the training split has {rows} sequences, a pool takes {pool}: use more data"
+  )
+
+  def kept(step):
+    drawn = data.drawn_rows(rows, run.seed, step * pool, pool)
+    rng = np.random.default_rng([run.seed, step])
+    return drawn[selection.select(policy, values[drawn], batch, rng)]
+
+  def rows_of_call(call):
+    return np.stack([kept(call * per_call + i) for i in range(per_call)])
+
+  return data.row_batches(split, rows_of_call, start_call)
+
+
+class Workers:
+  """Does tasks one after the other here, or on CPUs `jobs` at a time in processes of a core each.
+
+  A small model's step uses little more than one core, so that two side by side cost nothing.
+  """
+
+  def __init__(self, config: Config, workdir: Path, cache_dir: Path, jobs: int):
+    self.arguments, self.pool = (config, workdir, cache_dir), None
+    check(
+      jobs == 1 or jax.default_backend() == "cpu",
+      f"--jobs={jobs} needs CPUs: a process alone takes the memory of a GPU or TPU",
+    )
+    if jobs > 1:
+      context = multiprocessing.get_context("spawn")
+      cores = context.Queue()
+      for i in range(jobs):
+        cores.put(i)
+      self.pool = futures.ProcessPoolExecutor(jobs, context, _start_worker, (cores,))
+
+  def do(self, title: str, task: Callable, items: list) -> None:
+    if self.pool is None:
+      for item in items:
+        task(item, *self.arguments)
+      return
+    running = [self.pool.submit(task, item, *self.arguments, False) for item in items]
+    try:
+      done = futures.as_completed(running)
+      for future in tqdm.tqdm(done, title, total=len(running), unit=" models"):
+        future.result()
+    except BaseException:
+      self.close()
+      raise
+
+  def close(self):
+    if self.pool is not None:
+      for process in multiprocessing.active_children():
+        process.terminate()
+      self.pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(cores):
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  if hasattr(os, "sched_setaffinity"):
+    mine = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {mine[cores.get() % len(mine)]})
+  cpu.keep_freed_memory()
+  logging.set_verbosity(logging.WARNING)
+
+
+def _end_with_parent():
+  """A killed evaluation leaves no process behind that writes where the next one goes on."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "folder of the evaluation; an existing one is resumed")
+  flags.DEFINE_string("cache_dir", ".cache", "folder of the tokenised corpora")
+  flags.DEFINE_integer("jobs", 1, "models trained at a time, each on a core of its own (CPUs only)")
+  flags.DEFINE_boolean("dry_run", False, "print what would be trained, with its FLOPs")
+  flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
+  cli.define_flags(Config)
+  cli.run(main)
