@@ -15,22 +15,15 @@ The validation split is halved by a hash of the documents' texts: `selection` ch
 only and the others are reported as `validation_noisy`.
 """
 
-import concurrent.futures as futures
 import dataclasses
 import functools
-import math
-import multiprocessing
-import os
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tqdm
 from absl import flags, logging
 
@@ -40,12 +33,14 @@ import cpu
 import data
 import documents
 import kernels
+import pretrain
 import report
 import selection
 import train
 import transformer
 from cli import check, option
-from workdir import Checkpoints, Metrics, StopSignal, open_workdir
+from workdir import open_workdir
+from workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Config:
   )
   seeds: tuple[int, ...] = option((0, 1, 2), "of parameters and order; each policy with each")
   scorer: str | None = option(None, "size of the perplexity scorer; default the smallest of models")
-  # How they are trained; the defaults depend on the size (RECIPES).
+  # How they are trained; the defaults depend on the size (pretrain.RECIPES).
   batch: int | None = option(None, "N, sequences of a batch")
   steps: int | None = option(None, "updates; rounded up to a multiple of --evaluations")
   learning_rate: float | None = option(None, "peak of the cosine schedule")
@@ -104,26 +99,6 @@ class Config:
       check(value in choices, f"--{name}={value} is unknown: choose one of {choices}")
 
 
-class Recipe(NamedTuple):
-  """How a size is trained: Adam, linear warm-up over 2% of the steps, cosine decay to a tenth."""
-
-  learning_rate: float
-  batch: int
-  steps: int | None  # None: Chinchilla's 20 tokens a parameter
-
-
-RECIPES = {  # from 50m on the paper's
-  "nano": Recipe(3e-3, 16, None),
-  "tiny": Recipe(3e-3, 16, None),
-  "mini": Recipe(3e-3, 16, None),
-  "small": Recipe(2e-3, 16, None),
-  "50m": Recipe(1e-3, 128, 5_000),
-  "150m": Recipe(1e-3, 128, 12_000),
-  "400m": Recipe(1e-3, 128, 30_000),
-  "1b": Recipe(2e-4, 256, 48_000),
-}
-
-
 class Run(NamedTuple):
   """One language model to train."""
 
@@ -135,12 +110,6 @@ class Run(NamedTuple):
   @property
   def name(self) -> str:
     return f"{self.model}-{self.policy}-{self.discard:g}-seed{self.seed}"
-
-
-class LMState(NamedTuple):
-  params: Any
-  opt_state: Any
-  step: jax.Array
 
 
 def main():
@@ -163,7 +132,7 @@ def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> N
   open_workdir(workdir, config, f"{inputs.corpus.fingerprint} {inputs.rater.fingerprint}")
   print(inputs.corpus.summary())
   print(plan_text(config), flush=True)
-  workers = Workers(config, workdir, cache_dir, jobs)
+  workers = Workers((config, workdir, cache_dir), jobs)
   if "datarater" in config.policies or config.sweep_discard:
     workers.do("rating the sequences to be drawn", rate, ["datarater"])
   discard = config.discard
@@ -206,29 +175,24 @@ def costs(config: Config) -> compare.Costs:
   settings = rater_settings(config)
   vocab_size = data.load_tokenizer(settings.tokenizer).vocab_size
 
-  def parameters(name, init):
+  def parameters(init):
     return transformer.parameter_count(jax.eval_shape(init, jax.random.PRNGKey(0)))
 
   count = {
-    name: parameters(name, transformer.language_model(model_config(config, name, vocab_size)).init)
-    for name in {*config.models, *([config.scorer] if config.scorer else [])}
+    size: parameters(language_model(config, size, vocab_size).init)
+    for size in {*config.models, config.scorer} - {None}
   }
-  smallest = min(config.models, key=count.get)
-  recipes = {}
-  for name in count:
-    recipe = RECIPES[name]
-    batch = config.batch or recipe.batch
-    steps = config.steps or recipe.steps
-    steps = steps or math.ceil(20 * count[name] / (batch * settings.sequence_length))
-    steps = math.ceil(steps / config.evaluations) * config.evaluations
-    recipes[name] = Recipe(config.learning_rate or recipe.learning_rate, batch, steps)
-  rater = parameters("rater", train.make_rater(settings, vocab_size).init)
-  scorer = config.scorer or smallest
+  recipes = {
+    size: pretrain.RECIPES[size].scaled(
+      parameters,
+      settings.sequence_length,
+      **{k: getattr(config, k) for k in pretrain.Recipe._fields},
+    )
+    for size, parameters in count.items()
+  }
+  rater = parameters(train.make_rater(settings, vocab_size).init)
+  scorer = config.scorer or min(config.models, key=count.get)
   return compare.Costs(count, rater, scorer, recipes, settings.sequence_length)
-
-
-def model_config(config: Config, name: str, vocab_size: int) -> transformer.TransformerConfig:
-  return transformer.preset(name, vocab_size, dtype=config.dtype)
 
 
 def rater_settings(config: Config) -> train.Config:
@@ -333,8 +297,9 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
   if kind == "datarater":
     score = functools.partial(inputs.rater.score, inputs.rater.eta)
   else:
-    model, _, state = _model(scorer_run(config), config, inputs.corpus.vocab_size)
-    params = Checkpoints(workdir / "runs" / scorer_run(config).name).restore_latest(state).params
+    run = scorer_run(config)
+    model = language_model(config, run.model, inputs.corpus.vocab_size)
+    params = pretrain.trained(workdir / "runs" / run.name, model, costs(config).recipes[run.model])
     score = jax.jit(lambda batch: model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1])
   rows = _rows_drawn(config, len(split.tokens), kind)
   values = np.full(len(split.tokens), np.nan, np.float32)
@@ -363,98 +328,29 @@ def _rows_drawn(config: Config, rows: int, kind: str) -> np.ndarray:
 def train_run(
   run: Run, config: Config, workdir: Path, cache_dir: Path, progress: bool = True
 ) -> None:
-  """Trains one language model; its folder gets curve.jsonl and, last of all, `done`."""
-  folder = workdir / "runs" / run.name
-  if (folder / "done").exists():
-    return
-  folder.mkdir(parents=True, exist_ok=True)
+  """Trains one language model in its folder of the workdir, unless it is there."""
   inputs, recipe = open_inputs(config, cache_dir), costs(config).recipes[run.model]
-  model, optimizer, state = _model(run, config, inputs.corpus.vocab_size)
-  grain = recipe.steps // config.evaluations
-  per_call = max(n for n in range(1, min(grain, 50) + 1) if grain % n == 0)
+  model = language_model(config, run.model, inputs.corpus.vocab_size)
+  nll = jax.jit(functools.partial(pretrain.mean_nll, model))
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def train_steps(state, batches):
-    def step(state, batch):
-      weights_B = jnp.full(recipe.batch, 1 / recipe.batch)
-      gradient, nll_B = jax.grad(model.loss, has_aux=True)(state.params, weights_B, batch)
-      updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, updates)
-      return LMState(params, opt_state, state.step + 1), nll_B.mean()
+  def measure(params):
+    return {"nll": {name: float(nll(params, rows)) for name, rows in inputs.eval_sets.items()}}
 
-    return jax.lax.scan(step, state, batches)
-
-  evaluate_nll = jax.jit(functools.partial(mean_nll, model))
-  checkpoints = Checkpoints(folder)
-  state = checkpoints.restore_latest(state)
-  start = int(state.step)
-  curve = Metrics(folder / "curve.jsonl", start)
-  batches = selected_batches(run, config, workdir, inputs.corpus, per_call, start // per_call)
-  bar = tqdm.tqdm(
-    total=recipe.steps, initial=start, unit="step", desc=run.name, disable=not progress
-  )
-  stop, saved, losses = StopSignal(), time.monotonic(), []
-  for step in range(start + per_call, recipe.steps + 1, per_call):
-    state, loss = train_steps(state, next(batches))
-    losses.append(loss)
-    if step % grain == 0:
-      nll = {name: float(evaluate_nll(state.params, s)) for name, s in inputs.eval_sets.items()}
-      curve.append({"step": step, "train": float(np.mean(losses)), "nll": nll})
-      losses.clear()
-      bar.set_postfix_str(f"validation {nll['validation']:.3f}")
-    if step == recipe.steps or (
-      step % grain == 0 and (stop.requested or time.monotonic() > saved + 60)
-    ):
-      checkpoints.save(step, state)
-      saved = time.monotonic()
-    bar.update(per_call)
-    if stop.requested and step % grain == 0 and step < recipe.steps:
-      checkpoints.close()
-      print(f"stopped: checkpoint written after step {step}; start again to go on", flush=True)
-      raise SystemExit(0)
-  bar.close()
-  stop.close()
-  checkpoints.close()
-  (folder / "done").touch()
+  batches = functools.partial(selected_batches, run, recipe, workdir, inputs.corpus)
+  folder = workdir / "runs" / run.name
+  pretrain.pretrain(folder, model, recipe, run.seed, batches, measure, progress)
 
 
-def _model(run: Run, config: Config, vocab_size: int):
-  """The language model of a run, its optimiser, and its fresh state."""
-  recipe = costs(config).recipes[run.model]
-  model = transformer.language_model(
-    model_config(config, run.model, vocab_size), config.loss_backend
-  )
-  warmup = max(1, recipe.steps // 50)
-  peak = recipe.learning_rate
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adam(optax.warmup_cosine_decay_schedule(0, peak, warmup, recipe.steps, peak / 10)),
-  )
-
-  def init(key):
-    params = model.init(key)
-    return LMState(params, optimizer.init(params), jnp.int32(0))
-
-  return model, optimizer, jax.jit(init)(jax.random.PRNGKey(run.seed))
-
-
-def mean_nll(model: transformer.LanguageModel, params, rows: transformer.Batch) -> jax.Array:
-  """NLL in nats a token of rows [blocks, rows, S]: every counted token weighs the same."""
-
-  def block(batch):
-    nll_B = model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]
-    count_B = transformer.next_token_targets(batch)[1].sum(-1)
-    return (nll_B * count_B).sum(), count_B.sum()
-
-  total, count = jax.lax.map(block, rows)
-  return total.sum() / jnp.maximum(count.sum(), 1)
+def language_model(config: Config, size: str, vocab_size: int) -> transformer.LanguageModel:
+  shape = transformer.preset(size, vocab_size, dtype=config.dtype)
+  return transformer.language_model(shape, config.loss_backend)
 
 
 def selected_batches(
-  run: Run, config: Config, workdir: Path, corpus: data.Corpus, per_call: int, start_call: int
-):
-  """Batches [per_call, N, S] of what the policy keeps of each pool; a function of (run, step)."""
-  batch = costs(config).recipes[run.model].batch
+  run: Run, recipe: pretrain.Recipe, workdir: Path, corpus: data.Corpus, start_call: int
+) -> Iterator[transformer.Batch]:
+  """Batches [steps_per_call, N, S] of what the policy keeps of each pool: of (run, step) alone."""
+  batch, per_call = recipe.batch, recipe.steps_per_call
   split = corpus.splits["outer" if run.policy == "scorer" else "train"]
   rows = len(split.tokens)
   kind = {"datarater": "datarater"} | dict.fromkeys(selection.PERPLEXITY, "perplexity")
@@ -476,61 +372,6 @@ def selected_batches(
     return np.stack([kept(call * per_call + i) for i in range(per_call)])
 
   return data.row_batches(split, rows_of_call, start_call)
-
-
-class Workers:
-  """Does tasks one after the other here, or on CPUs `jobs` at a time in processes of a core each.
-
-  A small model's step uses little more than one core, so that two side by side cost nothing.
-  """
-
-  def __init__(self, config: Config, workdir: Path, cache_dir: Path, jobs: int):
-    self.arguments, self.pool = (config, workdir, cache_dir), None
-    check(
-      jobs == 1 or jax.default_backend() == "cpu",
-      f"--jobs={jobs} needs CPUs: a process alone takes the memory of a GPU or TPU",
-    )
-    if jobs > 1:
-      context = multiprocessing.get_context("spawn")
-      cores = context.Queue()
-      for i in range(jobs):
-        cores.put(i)
-      self.pool = futures.ProcessPoolExecutor(jobs, context, _start_worker, (cores,))
-
-  def do(self, title: str, task: Callable, items: list) -> None:
-    if self.pool is None:
-      for item in items:
-        task(item, *self.arguments)
-      return
-    running = [self.pool.submit(task, item, *self.arguments, False) for item in items]
-    try:
-      done = futures.as_completed(running)
-      for future in tqdm.tqdm(done, title, total=len(running), unit=" models"):
-        future.result()
-    except BaseException:
-      self.close()
-      raise
-
-  def close(self):
-    if self.pool is not None:
-      for process in multiprocessing.active_children():
-        process.terminate()
-      self.pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(cores):
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-  if hasattr(os, "sched_setaffinity"):
-    mine = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {mine[cores.get() % len(mine)]})
-  cpu.keep_freed_memory()
-  logging.set_verbosity(logging.WARNING)
-
-
-def _end_with_parent():
-  """A killed evaluation leaves no process behind that writes where the next one goes on."""
-  multiprocessing.parent_process().join()
-  os._exit(1)
 
 
 if __name__ == "__main__":

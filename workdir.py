@@ -68,9 +68,13 @@ class Checkpoints:
   def restore_eta(self, template):
     step = self.manager.latest_step()
     check(step is not None, f"{self.folder} holds no checkpoint yet")
-    return self._restore(step, ocp.args.PyTreeRestore({"eta": template}, partial_restore=True))[
-      "eta"
-    ]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template
+    )
+    item = {"eta": template}
+    how = ocp.checkpoint_utils.construct_restore_args(item)
+    return self._restore(step, ocp.args.PyTreeRestore(item, how, partial_restore=True))["eta"]
 
   def _restore(self, step, args):
     try:

@@ -1,0 +1,237 @@
+"""evaluate.py from the command line: comparison, resume by kill -9, plan, bad input in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train import SMALL, assert_one_line_error, corpus, environment  # noqa: F401
+
+import compare
+import data
+import documents
+import evaluate
+import pretrain
+import selection
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def rater(corpus, tmp_path_factory):  # noqa: F811
+  workdir = tmp_path_factory.mktemp("rater") / "r"
+  flags = [f"--workdir={workdir}", f"--data={corpus}", *SMALL, "--meta_steps=4", "--rater=nano"]
+  call(corpus, "train.py", *flags)
+  return workdir
+
+
+def start(corpus, script, *flags):  # noqa: F811
+  cache = Path(corpus).parent / "cache"
+  return subprocess.Popen(
+    [sys.executable, script, f"--cache_dir={cache}", *flags],
+    cwd=ROOT,
+    env=environment(corpus),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def call(corpus, script, *flags):  # noqa: F811
+  process = start(corpus, script, *flags)
+  output, errors = process.communicate(timeout=600)
+  assert process.returncode == 0, errors
+  return output
+
+
+def small(workdir, rater, *flags):
+  return [
+    f"--workdir={workdir}",
+    f"--rater={rater}",
+    "--models=nano",
+    "--seeds=0,1",
+    "--steps=12",
+    "--batch=2",
+    "--evaluations=3",
+    "--eval_sequences=20",
+    "--sweep_discard=0.25,0.5",
+    *flags,
+  ]
+
+
+@pytest.fixture(scope="module")
+def finished(rater, corpus, tmp_path_factory):  # noqa: F811
+  workdir = tmp_path_factory.mktemp("evaluations") / "whole"
+  return workdir, call(corpus, "evaluate.py", *small(workdir, rater))
+
+
+def test_all_policies_start_alike_and_are_compared(finished):
+  workdir, output = finished
+  results = json.loads((workdir / "results.json").read_text())
+  policies = results["models"]["nano"]
+  assert list(policies) == list(selection.POLICIES)
+  assert policies["none"]["metrics"]["nll/validation"]["compute_fraction"] == pytest.approx(1)
+  assert policies["none"]["overhead"] == policies["random"]["overhead"] == 0
+  # rater and model have one size, but for the score head: 2 N / (1 - rho) over 6 N
+  rho = policies["datarater"]["discard"]
+  assert policies["datarater"]["overhead"] == pytest.approx(1 / (3 * (1 - rho)), rel=0.01)
+  sweep = {k: np.mean(v) for k, v in results["sweep"]["selection"].items() if k != "0"}
+  assert rho == float(min(sweep, key=sweep.get))
+  finals = [p["metrics"]["nll/validation"]["mean"] for p in policies.values()]
+  assert len(set(finals)) == len(finals)  # each policy trained on something else
+  assert (workdir / "table.md").read_text().strip() in output
+  for name in ("learning_curves", "compute", "discard"):
+    assert (workdir / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_sequences_of_a_policy_are_those_with_the_best_scores_of_each_pool(finished, rater):
+  workdir, _ = finished
+  config = config_of(workdir)
+  corpus = evaluate.open_inputs(config, workdir / "cache").corpus  # noqa: F811
+  scores = np.load(workdir / "scores" / "datarater.npy")
+  run = evaluate.Run("nano", "datarater", 0.5, 1)
+  recipe = evaluate.costs(config).recipes["nano"]
+  kept = next(evaluate.selected_batches(run, recipe, workdir, corpus, 1))  # the second call
+  split = corpus.splits["train"]
+  trained = train.open_rater(rater)
+  for i in range(recipe.steps_per_call):
+    step = recipe.steps_per_call + i
+    pool = data.drawn_rows(len(split.tokens), 1, step * 4, 4)
+    batch = evaluate.transformer.Batch(
+      *(x[pool].astype(np.int32) for x in (split.tokens, split.segments))
+    )
+    online = np.asarray(trained.score(trained.eta, batch))  # scored when drawn, as in the paper
+    np.testing.assert_allclose(scores[pool], online, rtol=1e-4, atol=1e-6)
+    best = sorted(pool[np.argsort(-online, kind="stable")[:2]].tolist())
+    rows = [r.tolist() for r in kept.tokens[i]]
+    assert sorted(rows) == sorted(split.tokens[r].tolist() for r in best)
+
+
+def test_what_is_reported_is_disjoint_from_what_anything_learnt_from_or_was_chosen_by(finished):
+  config = config_of(finished[0])
+  settings = evaluate.rater_settings(config)
+  seen = {"train": set(), "outer": set(), "validation": set()}
+  for document in documents.read_documents(train.data_config(settings)):
+    split, bits = documents.split_of(document.text, train.data_config(settings))
+    seen["selection" if split == "validation" and not bits & 1 else split] = seen.get(
+      "selection" if split == "validation" and not bits & 1 else split, set()
+    ) | {" ".join(document.text.split())}
+  assert all(len(texts) > 5 for texts in seen.values())
+  sets = evaluate.open_inputs(config, finished[0] / "cache").eval_sets
+  tokenizer = data.load_tokenizer("bytes")
+  for name in ("selection", "validation"):
+    pieces = [
+      tokenizer.decode(t[s > 0])
+      for t, s in zip(
+        sets[name].tokens.reshape(-1, 32), sets[name].segments.reshape(-1, 32), strict=True
+      )
+    ]
+    own = "\n".join(seen[name])
+    others = "\n".join(text for k, texts in seen.items() if k != name for text in texts)
+    whole = [p.strip() for p in pieces if len(p.strip()) > 12]
+    assert len(whole) > 10
+    assert all(p in own for p in whole)
+    assert not any(p in others for p in whole if len(p) > 28)
+
+
+def config_of(workdir):
+  saved = json.loads((workdir / "config.json").read_text())["config"]
+  return evaluate.cli.make_config(evaluate.Config, saved)
+
+
+def test_killed_twice_it_goes_on_to_the_same_bytes(finished, rater, corpus, tmp_path):  # noqa: F811
+  workdir = tmp_path / "killed"
+  for done in (2, 9):
+    process = start(corpus, "evaluate.py", *small(workdir, rater, "--jobs=2"))
+    end = time.monotonic() + 300
+    while len(list(workdir.glob("runs/*/done"))) < done and process.poll() is None:
+      assert time.monotonic() < end
+      time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+  time.sleep(1)  # its workers end with it
+  before = {p: p.stat().st_mtime_ns for p in workdir.glob("runs/*/done")}
+  call(corpus, "evaluate.py", *small(workdir, rater))
+  assert before.items() <= {p: p.stat().st_mtime_ns for p in workdir.glob("runs/*/done")}.items()
+  a, b = (json.loads((w / "results.json").read_text()) for w in (finished[0], workdir))
+  assert a["models"].keys() == b["models"].keys()
+  for name, curve in a["curves"].items():  # one core or two: the same up to rounding
+    nll = [[row["nll"]["validation"] for row in c] for c in (curve, b["curves"][name])]
+    np.testing.assert_allclose(*nll, rtol=1e-4)
+
+
+def test_dry_run_prints_the_plan_with_its_flops(rater, corpus):  # noqa: F811
+  output = call(corpus, "evaluate.py", *small("", rater, "--dry_run")[1:])
+  config = evaluate.Config(rater=str(rater), models=("nano",), steps=12, batch=2, evaluations=3)
+  parameters = evaluate.costs(config).parameters["nano"]
+  assert f"rater: {parameters:,} parameters" in output
+  flops = 6 * parameters * 12 * 2 * 32
+  assert f"{flops / 1e12:.4g}" in output  # none and random
+  assert f"{flops * (1 + 2 / 3) / 1e12:.4g}" in output  # datarater at 0.5
+  assert "nano 768 " in output
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--rater=absent"], "absent holds no run"),
+    (["--policies=none,best"], "choose among none, random"),
+    (["--policies=random"], "lacks none"),
+    (["--models=huge"], "choose among nano"),
+    (["--discard=1"], "must lie between 0 and 1"),
+    (["--sweep_discard=0.5,x"], "is not a list of numbers"),
+    (["--eval_data=absent.jsonl"], "absent.jsonl does not exist"),
+    (["--jobs=0"], "--jobs=0"),
+  ],
+)
+def test_bad_flags_end_in_one_line(flags, message, rater, corpus, tmp_path):  # noqa: F811
+  process = start(corpus, "evaluate.py", *small(tmp_path / "w", rater), *flags)
+  output, errors = process.communicate(timeout=300)
+  result = subprocess.CompletedProcess([], process.returncode, output, errors)
+  assert_one_line_error(result, message)
+
+
+def test_the_comparison_of_hand_made_curves(tmp_path):
+  recipe = pretrain.Recipe(1e-3, batch=2, steps=40, evaluations=4)
+  costs = compare.Costs({"tiny": 600}, 60, "tiny", {"tiny": recipe}, 16)
+  curves = {
+    ("none", 0.0, 0): [5, 4, 3, 2],
+    ("none", 0.0, 1): [5, 4, 3, 2.2],
+    ("datarater", 0.5, 0): [4, 2, 1.5, 1],
+    ("datarater", 0.5, 1): [4, 2.2, 1.5, 1.2],
+    ("random", 0.5, 0): [5, 4, 3, 2.1],
+    ("random", 0.5, 1): [5, 4, 3, 2.3],
+  }
+  runs = []
+  for (policy, rho, seed), values in curves.items():
+    run = evaluate.Run("tiny", policy, rho, seed)
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    rows = [
+      {"step": 10 * (i + 1), "nll": {"validation": v, "selection": v + 0.5}, "accuracy": {"x": -v}}
+      for i, v in enumerate(values)
+    ]
+    (folder / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.append(run)
+  sweep = [run for run in runs if run.policy != "random"]
+  table = compare.write(tmp_path, runs, sweep, costs)
+  results = json.loads((tmp_path / "results.json").read_text())["models"]["tiny"]
+  metric = results["datarater"]["metrics"]["nll/validation"]
+  assert metric["mean"] == pytest.approx(1.1) and metric["sd"] == pytest.approx(0.2 / np.sqrt(2))
+  overhead = 2 * 60 / 0.5 / (6 * 600)
+  assert metric["compute_fraction_by_seed"] == pytest.approx([0.5 * (1 + overhead)] * 2)
+  accuracy = results["datarater"]["metrics"]["accuracy/x"]["compute_fraction_by_seed"]
+  assert accuracy == pytest.approx([0.5 * (1 + overhead)] * 2)  # higher is better there
+  assert results["random"]["metrics"]["nll/validation"]["compute_fraction"] is None
+  assert "| random | 0.5 |" in table and "never (by seed never, never)" in table
+  assert compare.best_discard(tmp_path, sweep) == 0.5
+  tokens = 40 * 2 * 16
+  assert costs.flops("tiny", "none", 0) == 6 * 600 * tokens
+  assert costs.flops("tiny", "pplx_top", 0.75) == 6 * 600 * tokens * (1 + 2 / 0.25 / 6)
