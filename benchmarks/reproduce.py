@@ -4,9 +4,9 @@
 
 Meta-trains a rater on the demo corpus with half of its training documents corrupted, sweeps the
 discard fraction, trains language models under every policy with three seeds, repeats that with
-models of another size and on the uncorrupted corpus, and analyses what the rater learned. Nothing is chosen
-by looking at the split that is reported: the discard fraction is chosen on the other half of the
-validation documents (evaluate.py), all other settings are defaults.
+models of another size and on the uncorrupted corpus, and analyses what the rater learned. Nothing
+is chosen by looking at the split that is reported: the discard fraction is chosen on the other half
+of the validation documents (evaluate.py), all other settings are defaults.
 """
 
 import argparse
@@ -105,8 +105,8 @@ def targets(folder: Path) -> str:
     best = min((n for n in validation if n.startswith("pplx")), key=lambda n: validation[n]["mean"])
     won = rater["mean"] < validation[best]["mean"]
     rows.append(
-      f"| {size}: better than the best perplexity variant in the mean | {rater['mean']:.3f} against "
-      f"{validation[best]['mean']:.3f} ({best}): {'met' if won else 'missed'} |"
+      f"| {size}: better than the best perplexity variant in the mean | {rater['mean']:.3f} "
+      f"against {validation[best]['mean']:.3f} ({best}): {'met' if won else 'missed'} |"
     )
   return "\n".join(rows)
 
