@@ -3,10 +3,13 @@ PYTHON ?= python3
 WORKDIR ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: train test test-slow test-compile lint setup
+.PHONY: train reproduce test test-slow test-compile lint setup
 
 train: setup  ## meta-trains a rater on the demo corpus; ends in minutes with figures in runs/demo
 	$(BIN)/python train.py --workdir=$(WORKDIR)
+
+reproduce: setup  ## the paper's three steps, tables and figures of README.md: under an hour on 2 cores
+	$(BIN)/python benchmarks/reproduce.py
 
 test: setup lint  ## under 15 minutes on 2 cores
 	$(BIN)/python -m pytest

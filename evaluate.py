@@ -308,6 +308,7 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
     padded = np.resize(chunk, 128)  # one shape, one program
     batch = [x[padded].astype(np.int32) for x in (split.tokens, split.segments)]
     values[chunk] = np.asarray(score(transformer.Batch(*batch)))[: len(chunk)]
+  check(np.isfinite(values[rows]).all(), f"some {kind} scores are not finite: train it again")
   report.write_atomically(path, lambda file: np.save(file, values))
 
 
