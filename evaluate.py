@@ -332,16 +332,17 @@ def train_run(
   """Trains one language model in its folder of the workdir, unless it is there."""
   inputs, recipe = open_inputs(config, cache_dir), costs(config).recipes[run.model]
   model = language_model(config, run.model, inputs.corpus.vocab_size)
-  nll = jax.jit(functools.partial(pretrain.mean_nll, model))
 
   def measure(params):
-    return {"nll": {name: float(nll(params, rows)) for name, rows in inputs.eval_sets.items()}}
+    nll = functools.partial(pretrain.mean_nll, model, params)
+    return {"nll": {name: float(nll(rows)) for name, rows in inputs.eval_sets.items()}}
 
   batches = functools.partial(selected_batches, run, recipe, workdir, inputs.corpus)
   folder = workdir / "runs" / run.name
   pretrain.pretrain(folder, model, recipe, run.seed, batches, measure, progress)
 
 
+@functools.cache  # equal models share their compiled programs
 def language_model(config: Config, size: str, vocab_size: int) -> transformer.LanguageModel:
   shape = transformer.preset(size, vocab_size, dtype=config.dtype)
   return transformer.language_model(shape, config.loss_backend)

@@ -80,19 +80,6 @@ def pretrain(
   if (folder / "done").exists():
     return
   folder.mkdir(parents=True, exist_ok=True)
-  optimizer = adam(recipe)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def train_steps(state, batches):
-    def step(state, batch):
-      weights_B = jnp.full(recipe.batch, 1 / recipe.batch)
-      gradient, nll_B = jax.grad(model.loss, has_aux=True)(state.params, weights_B, batch)
-      updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, updates)
-      return LMState(params, opt_state, state.step + 1), nll_B.mean()
-
-    return jax.lax.scan(step, state, batches)
-
   checkpoints = Checkpoints(folder)
   state = checkpoints.restore_latest(init(model, recipe, seed))
   start, per_call = int(state.step), recipe.steps_per_call
@@ -103,7 +90,7 @@ def pretrain(
   )
   stop, saved, losses = StopSignal(), time.monotonic(), []
   for step in range(start + per_call, recipe.steps + 1, per_call):
-    state, loss = train_steps(state, next(batches))
+    state, loss = train_steps(model, recipe, state, next(batches))
     losses.append(loss)
     bar.update(per_call)
     if step % (recipe.steps // recipe.evaluations):
@@ -124,6 +111,20 @@ def pretrain(
   checkpoints.close()
   stop.close()
   (folder / "done").touch()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_steps(model: transformer.LanguageModel, recipe: Recipe, state: LMState, batches):
+  """A step on each of batches [C, N, S]; (state, losses [C]). Runs of a model share the program."""
+
+  def step(state, batch):
+    weights_B = jnp.full(recipe.batch, 1 / recipe.batch)
+    gradient, nll_B = jax.grad(model.loss, has_aux=True)(state.params, weights_B, batch)
+    updates, opt_state = adam(recipe).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return LMState(params, opt_state, state.step + 1), nll_B.mean()
+
+  return jax.lax.scan(step, state, batches)
 
 
 def init(model: transformer.LanguageModel, recipe: Recipe, seed: int) -> LMState:
@@ -148,6 +149,7 @@ def adam(recipe: Recipe) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def mean_nll(model: transformer.LanguageModel, params, rows: transformer.Batch) -> jax.Array:
   """NLL in nats a token of rows [blocks, rows, S]: every counted token weighs the same."""
 

@@ -1,8 +1,10 @@
-"""What the tests of the compute core share."""
+"""What the tests share."""
 
 import importlib.metadata
+import json
 import os
 
+import jobs
 import numpy as np
 import pytest
 
@@ -69,3 +71,33 @@ def _shapes(jaxpr):
 
 def _is_jaxpr(x):
   return hasattr(x, "eqns")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+  """A JSONL of one's own: two sources, half of the documents noisy at a known level."""
+  rng = np.random.default_rng(0)
+  words = "the rater scores each text and the inner models learn from what it likes best".split()
+  path = tmp_path_factory.mktemp("corpus") / "mine.jsonl"
+  with open(path, "w") as file:
+    for i in range(400):
+      text = " ".join(rng.choice(words, 40))
+      level = float(rng.choice([0, 0, 0.2, 0.4, 0.8]))
+      noisy = [chr(rng.integers(33, 127)) if rng.random() < level else c for c in text]
+      record = {"text": "".join(noisy), "source": "ab"[i % 2], "noise": level}
+      print(json.dumps(record), file=file)
+  return path
+
+
+@pytest.fixture(scope="session")
+def small_rater(corpus, cache, tmp_path_factory):
+  """The workdir of a rater of one's own corpus, trained for four meta-steps."""
+  workdir = tmp_path_factory.mktemp("raters") / "small"
+  flags = [f"--workdir={workdir}", f"--data={corpus}", f"--cache_dir={cache}", "--meta_steps=4"]
+  jobs.succeed("train.py", cache, *flags, *jobs.SMALL, "--rater=nano")
+  return workdir

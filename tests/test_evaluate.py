@@ -3,14 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
-from test_train import SMALL, assert_one_line_error, corpus, environment  # noqa: F401
 
 import compare
 import data
@@ -20,40 +17,14 @@ import pretrain
 import selection
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
-def rater(corpus, tmp_path_factory):  # noqa: F811
-  workdir = tmp_path_factory.mktemp("rater") / "r"
-  flags = [f"--workdir={workdir}", f"--data={corpus}", *SMALL, "--meta_steps=4", "--rater=nano"]
-  call(corpus, "train.py", *flags)
-  return workdir
-
-
-def start(corpus, script, *flags):  # noqa: F811
-  cache = Path(corpus).parent / "cache"
-  return subprocess.Popen(
-    [sys.executable, script, f"--cache_dir={cache}", *flags],
-    cwd=ROOT,
-    env=environment(corpus),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def call(corpus, script, *flags):  # noqa: F811
-  process = start(corpus, script, *flags)
-  output, errors = process.communicate(timeout=600)
-  assert process.returncode == 0, errors
-  return output
-
-
-def small(workdir, rater, *flags):
-  return [
+def flags(small_rater, cache):
+  """A workdir -> the flags of a run with the small rater."""
+  return lambda workdir, *more: [
     f"--workdir={workdir}",
-    f"--rater={rater}",
+    f"--rater={small_rater}",
+    f"--cache_dir={cache}",
     "--models=nano",
     "--seeds=0,1",
     "--steps=12",
@@ -61,14 +32,14 @@ def small(workdir, rater, *flags):
     "--evaluations=3",
     "--eval_sequences=20",
     "--sweep_discard=0.25,0.5",
-    *flags,
+    *more,
   ]
 
 
 @pytest.fixture(scope="module")
-def finished(rater, corpus, tmp_path_factory):  # noqa: F811
+def finished(flags, cache, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("evaluations") / "whole"
-  return workdir, call(corpus, "evaluate.py", *small(workdir, rater))
+  return workdir, jobs.succeed("evaluate.py", cache, *flags(workdir))
 
 
 def test_all_policies_start_alike_and_are_compared(finished):
@@ -90,16 +61,18 @@ def test_all_policies_start_alike_and_are_compared(finished):
     assert (workdir / f"{name}.png").stat().st_size > 5000
 
 
-def test_the_sequences_of_a_policy_are_those_with_the_best_scores_of_each_pool(finished, rater):
+def test_the_sequences_of_a_policy_are_those_with_the_best_scores_of_each_pool(
+  finished, small_rater, cache
+):
   workdir, _ = finished
   config = config_of(workdir)
-  corpus = evaluate.open_inputs(config, workdir / "cache").corpus  # noqa: F811
+  corpus = evaluate.open_inputs(config, cache).corpus
   scores = np.load(workdir / "scores" / "datarater.npy")
   run = evaluate.Run("nano", "datarater", 0.5, 1)
   recipe = evaluate.costs(config).recipes["nano"]
   kept = next(evaluate.selected_batches(run, recipe, workdir, corpus, 1))  # the second call
   split = corpus.splits["train"]
-  trained = train.open_rater(rater)
+  trained = train.open_rater(small_rater)
   for i in range(recipe.steps_per_call):
     step = recipe.steps_per_call + i
     pool = data.drawn_rows(len(split.tokens), 1, step * 4, 4)
@@ -113,31 +86,26 @@ def test_the_sequences_of_a_policy_are_those_with_the_best_scores_of_each_pool(f
     assert sorted(rows) == sorted(split.tokens[r].tolist() for r in best)
 
 
-def test_what_is_reported_is_disjoint_from_what_anything_learnt_from_or_was_chosen_by(finished):
+def test_what_is_reported_is_disjoint_from_what_anything_learnt_from_or_was_chosen_by(
+  finished, cache
+):
   config = config_of(finished[0])
-  settings = evaluate.rater_settings(config)
-  seen = {"train": set(), "outer": set(), "validation": set()}
-  for document in documents.read_documents(train.data_config(settings)):
-    split, bits = documents.split_of(document.text, train.data_config(settings))
-    seen["selection" if split == "validation" and not bits & 1 else split] = seen.get(
-      "selection" if split == "validation" and not bits & 1 else split, set()
-    ) | {" ".join(document.text.split())}
-  assert all(len(texts) > 5 for texts in seen.values())
-  sets = evaluate.open_inputs(config, finished[0] / "cache").eval_sets
+  settings = train.data_config(evaluate.rater_settings(config))
+  texts = {"train": "", "outer": "", "selection": "", "validation": ""}
+  for document in documents.read_documents(settings):
+    split, bits = documents.split_of(document.text, settings)
+    half = "selection" if split == "validation" and not bits & 1 else split
+    texts[half] += document.text + "\n"
   tokenizer = data.load_tokenizer("bytes")
   for name in ("selection", "validation"):
-    pieces = [
-      tokenizer.decode(t[s > 0])
-      for t, s in zip(
-        sets[name].tokens.reshape(-1, 32), sets[name].segments.reshape(-1, 32), strict=True
-      )
-    ]
-    own = "\n".join(seen[name])
-    others = "\n".join(text for k, texts in seen.items() if k != name for text in texts)
-    whole = [p.strip() for p in pieces if len(p.strip()) > 12]
-    assert len(whole) > 10
-    assert all(p in own for p in whole)
-    assert not any(p in others for p in whole if len(p) > 28)
+    rows = evaluate.open_inputs(config, cache).eval_sets[name]
+    tokens, segments = (x.reshape(-1, settings.sequence_length) for x in rows)
+    pieces = [tokenizer.decode(t[s > 0]) for t, s in zip(tokens, segments, strict=True)]
+    long = [piece for piece in pieces if len(piece) > 28]
+    assert len(long) > 10
+    assert all(piece in texts[name] for piece in long)
+    others = "".join(text for other, text in texts.items() if other != name)
+    assert not any(piece in others for piece in long)
 
 
 def config_of(workdir):
@@ -145,20 +113,17 @@ def config_of(workdir):
   return evaluate.cli.make_config(evaluate.Config, saved)
 
 
-def test_killed_twice_it_goes_on_to_the_same_bytes(finished, rater, corpus, tmp_path):  # noqa: F811
+def test_killed_twice_it_goes_on_to_the_same_curves(finished, flags, cache, tmp_path):
   workdir = tmp_path / "killed"
   for done in (2, 9):
-    process = start(corpus, "evaluate.py", *small(workdir, rater, "--jobs=2"))
-    end = time.monotonic() + 300
-    while len(list(workdir.glob("runs/*/done"))) < done and process.poll() is None:
-      assert time.monotonic() < end
-      time.sleep(0.02)
+    process = jobs.start("evaluate.py", cache, *flags(workdir, "--jobs=2"))
+    jobs.wait_until(lambda n=done: len(list(workdir.glob("runs/*/done"))) >= n, process)
     assert process.poll() is None, process.communicate()[1]
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
   time.sleep(1)  # its workers end with it
   before = {p: p.stat().st_mtime_ns for p in workdir.glob("runs/*/done")}
-  call(corpus, "evaluate.py", *small(workdir, rater))
+  jobs.succeed("evaluate.py", cache, *flags(workdir))
   assert before.items() <= {p: p.stat().st_mtime_ns for p in workdir.glob("runs/*/done")}.items()
   a, b = (json.loads((w / "results.json").read_text()) for w in (finished[0], workdir))
   assert a["models"].keys() == b["models"].keys()
@@ -167,19 +132,22 @@ def test_killed_twice_it_goes_on_to_the_same_bytes(finished, rater, corpus, tmp_
     np.testing.assert_allclose(*nll, rtol=1e-4)
 
 
-def test_dry_run_prints_the_plan_with_its_flops(rater, corpus):  # noqa: F811
-  output = call(corpus, "evaluate.py", *small("", rater, "--dry_run")[1:])
-  config = evaluate.Config(rater=str(rater), models=("nano",), steps=12, batch=2, evaluations=3)
+def test_dry_run_prints_the_plan_with_its_flops(flags, cache, small_rater):
+  output = jobs.succeed("evaluate.py", cache, *flags("", "--dry_run")[1:])
+  config = evaluate.Config(
+    rater=str(small_rater), models=("nano",), steps=12, batch=2, evaluations=3
+  )
   parameters = evaluate.costs(config).parameters["nano"]
-  assert f"rater: {parameters:,} parameters" in output
+  assert f"rater: {parameters + 32:,} parameters" in output  # 32: its head
   flops = 6 * parameters * 12 * 2 * 32
   assert f"{flops / 1e12:.4g}" in output  # none and random
-  assert f"{flops * (1 + 2 / 3) / 1e12:.4g}" in output  # datarater at 0.5
+  rating = 2 * (parameters + 32) / 0.5 / (6 * parameters)
+  assert f"{flops * (1 + rating) / 1e12:.4g}" in output  # datarater at 0.5
   assert "nano 768 " in output
 
 
 @pytest.mark.parametrize(
-  "flags, message",
+  "wrong, message",
   [
     (["--rater=absent"], "absent holds no run"),
     (["--policies=none,best"], "choose among none, random"),
@@ -191,11 +159,9 @@ def test_dry_run_prints_the_plan_with_its_flops(rater, corpus):  # noqa: F811
     (["--jobs=0"], "--jobs=0"),
   ],
 )
-def test_bad_flags_end_in_one_line(flags, message, rater, corpus, tmp_path):  # noqa: F811
-  process = start(corpus, "evaluate.py", *small(tmp_path / "w", rater), *flags)
-  output, errors = process.communicate(timeout=300)
-  result = subprocess.CompletedProcess([], process.returncode, output, errors)
-  assert_one_line_error(result, message)
+def test_bad_flags_end_in_one_line(wrong, message, flags, cache, tmp_path):
+  result = jobs.run("evaluate.py", cache, *flags(tmp_path / "w"), *wrong)
+  jobs.assert_one_line_error(result, message)
 
 
 def test_the_comparison_of_hand_made_curves(tmp_path):

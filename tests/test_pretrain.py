@@ -1,5 +1,6 @@
 """A language model trained from scratch: what is measured, the schedule, resume."""
 
+import json
 import os
 import signal
 
@@ -17,8 +18,7 @@ CONFIG = transformer.TransformerConfig(17, d_model=8, n_layers=1, n_heads=2, hea
 RECIPE = pretrain.Recipe(1e-2, batch=4, steps=40, evaluations=4)
 
 
-def model():
-  return transformer.language_model(CONFIG)
+MODEL = transformer.language_model(CONFIG)
 
 
 def batches_from(start):
@@ -33,7 +33,7 @@ def batches_from(start):
 
 
 def test_mean_nll_weighs_every_token_the_same(x64):
-  params = model().init(jax.random.PRNGKey(0))
+  params = MODEL.init(jax.random.PRNGKey(0))
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 17, (2, 3, 7)).astype(np.int32)
   segments = np.ones_like(tokens)
@@ -46,11 +46,11 @@ def test_mean_nll_weighs_every_token_the_same(x64):
       whole = (s[start:stop] == s[start]).all() and s[start] > 0
       if whole and (start == 0 or s[start - 1] != s[start]) and (stop == 7 or s[stop] != s[start]):
         document = Batch(t[None, start:stop], np.ones((1, stop - start), np.int32))
-        _, mean = model().loss(params, jnp.ones(1), document)  # of one document alone
+        _, mean = MODEL.loss(params, jnp.ones(1), document)  # of one document alone
         total += float(mean[0]) * (stop - start - 1)
         count += stop - start - 1
   assert count == 6 + 3 + 6 + 6 + (2 + 3)
-  actual = pretrain.mean_nll(model(), params, Batch(tokens, segments))
+  actual = pretrain.mean_nll(MODEL, params, Batch(tokens, segments))
   np.testing.assert_allclose(actual, total / count, rtol=1e-6)
 
 
@@ -62,10 +62,10 @@ def test_it_learns_and_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
   def measure(params):
     if interrupt and interrupt.pop():
       os.kill(os.getpid(), signal.SIGTERM)
-    return {"nll": {"probe": float(pretrain.mean_nll(model(), params, rows))}}
+    return {"nll": {"probe": float(pretrain.mean_nll(MODEL, params, rows))}}
 
   def run(folder):
-    pretrain.pretrain(folder, model(), RECIPE, 3, batches_from, measure, progress=False)
+    pretrain.pretrain(folder, MODEL, RECIPE, 3, batches_from, measure, progress=False)
 
   run(tmp_path / "whole")
   before = signal.getsignal(signal.SIGTERM)
@@ -82,10 +82,8 @@ def test_it_learns_and_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
   curves = [(tmp_path / name / "curve.jsonl").read_bytes() for name in ("whole", "cut")]
   assert curves[0] == curves[1]
   assert_trees_all_equal(
-    *[pretrain.trained(tmp_path / name, model(), RECIPE) for name in ("whole", "cut")]
+    *[pretrain.trained(tmp_path / name, MODEL, RECIPE) for name in ("whole", "cut")]
   )
-  import json
-
   nll = [json.loads(line)["nll"]["probe"] for line in curves[0].splitlines()]
   assert len(nll) == 4 and nll[-1] < 0.6 * np.log(17) and nll[-1] < nll[0]
 

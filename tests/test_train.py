@@ -3,85 +3,42 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
+import jobs
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from chex import assert_trees_all_equal
+from jobs import SMALL, assert_one_line_error, wait_until
 
 import report
 import train
 from workdir import Checkpoints
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-  "--model=tiny",
-  "--rater=tiny",
-  "--sequence_length=32",
-  "--inner_batch=4",
-  "--outer_batch=4",
-  "--n_models=2",
-  "--lifetime=6",
-  "--steps_per_call=2",
-  "--checkpoint_every=4",
-]
+
+@pytest.fixture(scope="module")
+def flags(corpus, cache):
+  """A workdir -> the flags of a run on that corpus."""
+
+  def of(workdir, *more, data=corpus):
+    return [f"--workdir={workdir}", f"--data={data}", f"--cache_dir={cache}", *SMALL, *more]
+
+  return of
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-  """A JSONL of one's own: two sources, half of the documents noisy at a known level."""
-  rng = np.random.default_rng(0)
-  words = "the rater scores each text and the inner models learn from what it likes best".split()
-  path = tmp_path_factory.mktemp("corpus") / "mine.jsonl"
-  with open(path, "w") as file:
-    for i in range(400):
-      text = " ".join(rng.choice(words, 40))
-      level = float(rng.choice([0, 0, 0.2, 0.4, 0.8]))
-      noisy = [chr(rng.integers(33, 127)) if rng.random() < level else c for c in text]
-      record = {"text": "".join(noisy), "source": "ab"[i % 2], "noise": level}
-      print(json.dumps(record), file=file)
-  return path
-
-
-def command(workdir, corpus, *flags):
-  cache = Path(corpus).parent / "cache"
-  return [
-    sys.executable,
-    "train.py",
-    f"--workdir={workdir}",
-    f"--data={corpus}",
-    f"--cache_dir={cache}",
-    *SMALL,
-    *flags,
-  ]
-
-
-def environment(corpus):
-  """The runs of these tests share their compiled program."""
-  cache = str(Path(corpus).parent / "compiled")
-  return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-
-
-def run(workdir, corpus, *flags):
-  return subprocess.run(
-    command(workdir, corpus, *flags),
-    cwd=ROOT,
-    env=environment(corpus),
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
+def run(flags, cache):
+  return lambda *arguments, **named: jobs.run("train.py", cache, *flags(*arguments, **named))
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
+def finished(run, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "whole"
-  result = run(workdir, corpus, "--meta_steps=12")
+  result = run(workdir, "--meta_steps=12")
   assert result.returncode == 0, result.stderr
   return workdir, result
 
@@ -115,53 +72,43 @@ def test_ages_show_that_resets_are_staggered(finished):
   assert ages[:6].tolist() == [[2, 2], [4, 4], [6, 2], [2, 4], [4, 6], [6, 2]]
 
 
-def test_starting_a_finished_run_again_changes_nothing(finished, corpus):
+def test_starting_a_finished_run_again_changes_nothing(finished, run):
   workdir, _ = finished
   before = {p: p.read_bytes() for p in workdir.glob("*.json*")}
-  result = run(workdir, corpus, "--meta_steps=12")
+  result = run(workdir, "--meta_steps=12")
   assert result.returncode == 0, result.stderr
   assert "resuming after meta-step 12 of 12" in result.stdout
   assert {p: p.read_bytes() for p in before} == before
 
 
 def test_sigterm_checkpoints_exits_0_and_the_rest_equals_an_uninterrupted_run(
-  finished, corpus, tmp_path
+  finished, run, flags, cache, tmp_path
 ):
-  process = subprocess.Popen(
-    command(tmp_path / "w", corpus, "--meta_steps=12"),
-    cwd=ROOT,
-    env=environment(corpus),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    text=True,
-  )
+  process = jobs.start("train.py", cache, *flags(tmp_path / "w", "--meta_steps=12"))
   metrics = tmp_path / "w" / "metrics.jsonl"
   wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 0
   if "stopped: checkpoint written" in output:  # else it was already at its end
-    assert run(tmp_path / "w", corpus, "--meta_steps=12").returncode == 0
-  same_run(finished[0], tmp_path / "w", corpus)
+    assert run(tmp_path / "w", "--meta_steps=12").returncode == 0
+  same_run(finished[0], tmp_path / "w")
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_five_times_the_rater_is_bitwise_the_same(corpus, tmp_path):
-  flags = ["--meta_steps=240"]
-  assert run(tmp_path / "whole", corpus, *flags).returncode == 0
+def test_killed_at_random_moments_five_times_the_rater_is_bitwise_the_same(
+  run, flags, cache, tmp_path
+):
+  assert run(tmp_path / "whole", "--meta_steps=240").returncode == 0
   rng, metrics = random.Random(0), tmp_path / "killed" / "metrics.jsonl"
+  killed = flags(tmp_path / "killed", "--meta_steps=240")
+  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
   def lines():
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
   for kill in range(5):
-    process = subprocess.Popen(
-      command(tmp_path / "killed", corpus, *flags),
-      cwd=ROOT,
-      env=environment(corpus),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-    )
+    process = jobs.start("train.py", cache, *killed, **quiet)
     if kill % 2:  # anywhere, most likely while it starts
       time.sleep(rng.uniform(1, 8))
     else:  # in the middle of training or of a checkpoint
@@ -171,12 +118,12 @@ def test_killed_at_random_moments_five_times_the_rater_is_bitwise_the_same(corpu
     assert process.poll() is None, "it finished before it could be killed"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-  result = run(tmp_path / "killed", corpus, *flags)
+  result = run(tmp_path / "killed", "--meta_steps=240")
   assert result.returncode == 0 and "resuming after meta-step" in result.stdout, result.stderr
-  same_run(tmp_path / "whole", tmp_path / "killed", corpus)
+  same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def same_run(a, b, corpus):
+def same_run(a, b):
   for name in ("metrics.jsonl", "validation_scores.jsonl", "results.json"):
     assert (a / name).read_bytes() == (b / name).read_bytes(), name
   assert_trees_all_equal(final_state(a), final_state(b))  # eta, meta-Adam, all inner models
@@ -187,15 +134,8 @@ def final_state(workdir):
   return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
 
 
-def wait_until(condition, process, seconds=300):
-  end = time.monotonic() + seconds
-  while not condition() and process.poll() is None:
-    assert time.monotonic() < end
-    time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
-  "flags, message",
+  "wrong, message",
   [
     (["--meta_steps=0"], "--meta_steps=0 must be at least 1"),
     (["--meta_steps=13"], "must be a positive multiple of --steps_per_call=2"),
@@ -211,50 +151,39 @@ def wait_until(condition, process, seconds=300):
     (["stray"], "unexpected argument"),
   ],
 )
-def test_contradictory_flags_end_in_one_line_that_names_the_mend(flags, message, corpus, tmp_path):
-  result = run(tmp_path / "w", corpus, *flags)
-  assert_one_line_error(result, message)
+def test_contradictory_flags_end_in_one_line_that_names_the_mend(wrong, message, run, tmp_path):
+  assert_one_line_error(run(tmp_path / "w", *wrong), message)
 
 
-def assert_one_line_error(result, message):
-  assert result.returncode in (1, 2)
-  errors = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
-  assert len(errors) == 1 and message in errors[0], result.stderr
-  assert "Traceback" not in result.stderr
+def test_missing_data_and_no_workdir_are_one_line(run, cache, tmp_path):
+  absent = tmp_path / "absent.jsonl"
+  assert_one_line_error(run(tmp_path / "w", data=absent), "absent.jsonl")
+  assert_one_line_error(jobs.run("train.py", cache), "--workdir")
 
 
-def test_missing_data_and_no_workdir_are_one_line(corpus, tmp_path):
-  assert_one_line_error(run(tmp_path / "w", tmp_path / "absent.jsonl"), "absent.jsonl")
-  arguments = [sys.executable, "train.py"]
-  result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-  assert_one_line_error(result, "--workdir")
-
-
-def test_a_workdir_of_another_configuration_is_refused_untouched(finished, corpus):
+def test_a_workdir_of_another_configuration_is_refused_untouched(finished, run):
   workdir, _ = finished
   before = sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*"))
-  assert_one_line_error(run(workdir, corpus, "--meta_steps=12", "--seed=1"), "seed was 0, is 1")
+  assert_one_line_error(run(workdir, "--meta_steps=12", "--seed=1"), "seed was 0, is 1")
   assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
 
 
-def test_a_folder_with_other_things_is_refused(corpus, tmp_path):
+def test_a_folder_with_other_things_is_refused(run, tmp_path):
   (tmp_path / "notes.txt").write_text("mine")
-  assert_one_line_error(run(tmp_path, corpus), "neither empty nor a run")
+  assert_one_line_error(run(tmp_path), "neither empty nor a run")
 
 
-def test_a_truncated_checkpoint_is_named_with_the_mend(finished, corpus, tmp_path):
-  import shutil
-
+def test_a_truncated_checkpoint_is_named_with_the_mend(finished, run, tmp_path):
   broken = tmp_path / "broken"
   shutil.copytree(finished[0], broken)
   last = broken / "checkpoints" / "12"
   for path in last.rglob("*"):
     if path.is_file():
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  assert_one_line_error(run(broken, corpus, "--meta_steps=12"), "delete that folder")
+  assert_one_line_error(run(broken, "--meta_steps=12"), "delete that folder")
   shutil.rmtree(last)
-  assert run(broken, corpus, "--meta_steps=12").returncode == 0
-  same_run(finished[0], broken, corpus)
+  assert run(broken, "--meta_steps=12").returncode == 0
+  same_run(finished[0], broken)
 
 
 def test_noise_table_on_scores_with_known_answer():
