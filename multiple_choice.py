@@ -133,6 +133,8 @@ def accuracy(
   """
   if not questions:
     raise DataError("no questions to answer")
+  if sequence_length < 2:
+    raise DataError(f"sequence_length is {sequence_length}: give 2 or more")
   choices = [choice for question in questions for choice in question.choices]
   rows = list(_rows(questions, tokenizer, sequence_length))
   scores = np.zeros(len(rows))
