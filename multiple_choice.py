@@ -12,8 +12,10 @@ The paper names neither shots nor rule; this is the convention here:
   too long  the prompt loses its beginning (never the start token); of a choice of more than S - 1
             tokens the first S - 1 are scored and the sum is scaled up to all of them
 
-As lm-evaluation-harness, but for: it divides by characters, drops a token merged across the
-boundary, asks SIQA with "Q:" and "A:" and CommonsenseQA with a list of lettered choices.
+In lm-evaluation-harness `accuracy_raw` is called acc and `accuracy` acc_bytes (acc_norm divides by
+characters). It differs in that it keeps the white space around texts, drops a token merged across
+the boundary, asks SIQA with "Q:" and "A:", CommonsenseQA with a list of lettered choices, and
+scores ARC-Easy on its test split where we prefer validation.
 
 Files are those of the hub (JSONL, Parquet, or a folder that `datasets` saved) or of the original
 releases, with labels inside or, for X.jsonl, in X-labels.lst beside it.
@@ -21,6 +23,7 @@ releases, with labels inside or, for X.jsonl, in X-labels.lst beside it.
 Axes: B sequences, S tokens.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -69,7 +72,7 @@ def load_questions(task: str, source: str, limit: int | None = None) -> list[Que
   elif Path(source).expanduser().is_dir() and not _is_saved(Path(source).expanduser()):
     paths = _find(task, Path(source).expanduser())
     if not paths:
-      raise DataError(f"{source} holds no validation or test file named like {task}: name the file")
+      raise DataError(f"{source} holds no validation or test file named like {task}: name its file")
   else:
     paths = [str(Path(source).expanduser())]
 
@@ -78,8 +81,8 @@ def load_questions(task: str, source: str, limit: int | None = None) -> list[Que
     for where, record in _records(path):
       try:
         context, choices, answer = _READERS[task](record)
-        if len(choices) < 2 or not all(choices):
-          raise DataError("it has an empty choice, or fewer than two")
+        if len(choices) < 2 or not all((context, *choices)):
+          raise DataError("it has an empty text, or fewer than two choices")
       except DataError as error:
         raise DataError(f"{where} is no question of {task}: {error}") from None
       if answer is None:
@@ -135,7 +138,6 @@ def accuracy(
     raise DataError("no questions to answer")
   if sequence_length < 2:
     raise DataError(f"sequence_length is {sequence_length}: give 2 or more")
-  choices = [choice for question in questions for choice in question.choices]
   rows = list(_rows(questions, tokenizer, sequence_length))
   scores = np.zeros(len(rows))
   order = np.argsort([-len(row.tokens) for row in rows], kind="stable")  # the slowest batch first
@@ -148,19 +150,14 @@ def accuracy(
     count = int(np.isnan(scores).sum())
     raise FloatingPointError(f"{count} of {len(rows)} choices have log-probability nan: diverged?")
   scores *= [row.scale for row in rows]
-
-  sizes = np.array([len(question.choices) for question in questions])
-  answers = np.array([question.answer for question in questions])
-
-  def share_right(scores):
-    return np.mean(_argmax(scores, sizes) == answers)
-
-  share = share_right(scores / [len(choice.encode("utf-8", "replace")) for choice in choices])
+  choices = [choice for question in questions for choice in question.choices]
+  lengths = [len(choice.encode("utf-8", "replace")) for choice in choices]
+  share = _share_right(scores / lengths, questions)
   return {
-    "accuracy": float(share),
-    "accuracy_raw": float(share_right(scores)),
-    "standard_error": float(np.sqrt(share * (1 - share) / len(questions))),
-    "chance": float(np.mean(1 / sizes)),
+    "accuracy": share,
+    "accuracy_raw": _share_right(scores, questions),
+    "standard_error": math.sqrt(share * (1 - share) / len(questions)),
+    "chance": sum(1 / len(question.choices) for question in questions) / len(questions),
     "questions": len(questions),
     "contexts_cut": sum(row.context_cut for row in rows),
     "choices_cut": sum(row.scale > 1 for row in rows),
@@ -202,10 +199,12 @@ class _Row(NamedTuple):
 
 def _rows(questions: list[Question], tokenizer: Tokenizer, S: int) -> Iterator[_Row]:
   """A row for each choice of each question."""
+  texts = [(q.context, *(f"{q.context} {choice}" for choice in q.choices)) for q in questions]
+  encoded = iter(tokenizer.encode([text for group in texts for text in group]))
   for question in questions:
-    texts = [question.context, *(f"{question.context} {choice}" for choice in question.choices)]
-    prompt, *wholes = tokenizer.encode(texts)
-    for whole, choice in zip(wholes, question.choices, strict=True):
+    prompt = next(encoded)
+    for choice in question.choices:
+      whole = next(encoded)
       shared = min(len(prompt), len(whole))
       differs = np.flatnonzero(prompt[:shared] != whole[:shared])
       first = int(differs[0]) if differs.size else shared
@@ -230,19 +229,18 @@ def _batch(rows: list[_Row], B: int, S: int, pad: int) -> tuple[Batch, np.ndarra
   return Batch(tokens, segments), counted
 
 
-def _argmax(scores: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-  """The place of the first maximum within each run of `sizes` scores."""
-  return np.array([np.argmax(part) for part in np.split(scores, np.cumsum(sizes)[:-1])])
-
-
-# Reading
+def _share_right(scores: np.ndarray, questions: list[Question]) -> float:
+  """Of questions whose first best choice is the answer; the scores are those of all choices."""
+  ends = np.cumsum([len(question.choices) for question in questions])
+  best = [int(np.argmax(part)) for part in np.split(scores, ends[:-1])]
+  return sum(b == q.answer for b, q in zip(best, questions, strict=True)) / len(questions)
 
 
 _NAMES = {
   "hellaswag": r"hella_?swag",
   "piqa": r"(?<![a-z])piqa|physical_?iqa",
   "arc_easy": r"arc[-_]?easy",
-  "siqa": r"siqa|social_?i_?qa",
+  "siqa": r"(?<![a-z])siqa|social_?i_?qa",
   "csqa": r"csqa|commonsense_?qa",
 }
 _SPLITS = {  # a word of a file's or folder's name -> how much we want it; training never

@@ -176,6 +176,8 @@ def test_labels_in_a_file_of_their_own(task, labels, suffix, tmp_path):
     load_questions(task, path)
   (tmp_path / "valid-labels.lst").write_text(labels)
   assert [q.answer for q in load_questions(task, path)] == [1, 0, 1]
+  own = _write(tmp_path / f"valid.jsonl{suffix}", [row, row, row])  # a label inside counts
+  assert [q.answer for q in load_questions(task, own)] == [0, 0, 0]
   (tmp_path / "valid-labels.lst").write_text(labels + "1\n")
   with pytest.raises(DataError, match="valid-labels.lst has 4 labels for 3 records"):
     load_questions(task, path)
@@ -219,8 +221,9 @@ H, P, A, Q, C = (HUB[task][0] for task in TASKS)
     ("piqa", Q, "no text in"),
     ("hellaswag", H | {"endings": "text"}, "'endings' is no list of texts"),
     ("hellaswag", H | {"endings": ["a", 1]}, "'endings' is no list of texts"),
-    ("hellaswag", H | {"endings": ["a"], "label": 0}, "empty choice, or fewer than two"),
-    ("hellaswag", H | {"endings": ["a", "[step]", "b"]}, "empty choice, or fewer than two"),
+    ("hellaswag", H | {"endings": ["a"], "label": 0}, "empty text, or fewer than two"),
+    ("hellaswag", H | {"endings": ["a", "[step]", "b"]}, "empty text, or fewer than two"),
+    ("hellaswag", H | {"ctx_a": "[x]", "ctx_b": "", "activity_label": ""}, "empty text, or"),
     ("hellaswag", H | {"label": "four"}, "'four' is none of 0, 1, 2, 3"),
     ("hellaswag", H | {"ctx_a": 3}, "no text in 'ctx_a'"),
     ("hellaswag", H | {"ctx_b": 3}, "no text in 'ctx_b'"),
@@ -289,8 +292,14 @@ LAYOUTS = {  # where files of the task have been seen, and which is to be read
   },
   "plain": {task: [f"{task}.jsonl.gz"] for task in TASKS},
   "shards": {"csqa": [f"csqa/val-{i}-of-2.parquet" for i in (0, 1)]},
+  "both_in_a_name": {"siqa": ["socialiqa-train-dev/socialiqa.jsonl"]},
   "test_only": {"arc_easy": ["arc_easy/test.jsonl"]},
 }
+
+
+def _of_split(name, split):
+  word = next((w for w in ("validation", "val", "dev", "Dev", "test") if w in name), None)
+  return split.join(name.rsplit(word, 1)) if word else name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -302,10 +311,8 @@ def test_a_folder_is_searched_for_the_usual_names(layout, tmp_path):
     for name in names:
       _write(tmp_path / name, [row])
       for split in ("test", "train"):  # these must not be read
-        other = name.replace("validation", split).replace("dev", split).replace("Dev", split)
-        other = other.replace("val-", f"{split}-").replace("_val", f"_{split}")
-        if not (tmp_path / other).exists():
-          _write(tmp_path / other, [{"no": "question"}])
+        if not (other := tmp_path / _of_split(name, split)).exists():
+          _write(other, [{"no": "question"}])
   # ARC-Challenge is another task, hidden files and descriptions are none.
   for name in (
     "x/ARC-Challenge-Dev.jsonl",
@@ -323,6 +330,16 @@ def test_a_folder_named_as_the_task_needs_no_name_within(tmp_path):
   _write(tmp_path / "piqa" / "valid.jsonl", [P])
   assert load_questions("piqa", str(tmp_path / "piqa")) == [HUB["piqa"][1]]
   assert load_all(str(tmp_path / "piqa")) == {"piqa": [HUB["piqa"][1]]}
+
+
+def test_a_saved_dictionary_of_splits_gives_its_validation(tmp_path):
+  import datasets
+
+  rows = {"train": [P | {"goal": "train"}], "validation": [P, P], "test": [P | {"label": -1}]}
+  splits = {name: datasets.Dataset.from_list(split) for name, split in rows.items()}
+  datasets.DatasetDict(splits).save_to_disk(tmp_path / "piqa")
+  assert load_all(str(tmp_path)) == {"piqa": [HUB["piqa"][1]] * 2}
+  assert len(load_questions("piqa", str(tmp_path / "piqa" / "train"))) == 1
 
 
 def test_folders_that_leave_a_doubt_are_refused(tmp_path):
