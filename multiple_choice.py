@@ -141,23 +141,21 @@ def accuracy(
   rows = list(_rows(questions, tokenizer, sequence_length))
   scores = np.zeros(len(rows))
   order = np.argsort([-len(row.tokens) for row in rows], kind="stable")  # the slowest batch first
-  starts = range(0, len(rows), batch_size)
-  for start in tqdm.tqdm(starts, progress, unit=" batches", disable=progress is None):
+  starts = tqdm.trange(0, len(rows), batch_size, desc=progress, disable=progress is None)
+  for start in starts:
     chosen = order[start : start + batch_size]
     batch, counted = _batch([rows[i] for i in chosen], batch_size, sequence_length, tokenizer.pad)
     scores[chosen] = np.asarray(logprob(batch, counted), np.float64)[: len(chosen)]
-  if np.isnan(scores).any():
-    count = int(np.isnan(scores).sum())
-    raise FloatingPointError(f"{count} of {len(rows)} choices have log-probability nan: diverged?")
+  if broken := int(np.isnan(scores).sum()):
+    raise FloatingPointError(f"{broken} of {len(rows)} choices have log-probability nan: diverged?")
   scores *= [row.scale for row in rows]
-  choices = [choice for question in questions for choice in question.choices]
-  lengths = [len(choice.encode("utf-8", "replace")) for choice in choices]
+  lengths = [len(c.encode("utf-8", "replace")) for question in questions for c in question.choices]
   share = _share_right(scores / lengths, questions)
   return {
     "accuracy": share,
     "accuracy_raw": _share_right(scores, questions),
     "standard_error": math.sqrt(share * (1 - share) / len(questions)),
-    "chance": sum(1 / len(question.choices) for question in questions) / len(questions),
+    "chance": float(np.mean([1 / len(question.choices) for question in questions])),
     "questions": len(questions),
     "contexts_cut": sum(row.context_cut for row in rows),
     "choices_cut": sum(row.scale > 1 for row in rows),
@@ -322,8 +320,7 @@ def _hellaswag(record: dict) -> tuple[str, tuple[str, ...], int | None]:
   if record.get("activity_label"):
     context = f"{_text(record, 'activity_label')}: {context}"
   endings = _texts(record.get("endings"), "endings")
-  labels = [str(place) for place in range(len(endings))]
-  answer = _answer(record.get("label"), labels)
+  answer = _answer(record.get("label"), [str(place) for place in range(len(endings))])
   return _without_headers(context), tuple(map(_without_headers, endings)), answer
 
 
