@@ -101,7 +101,7 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
   report = Report() if report is None else report
   documents, fields = 0, ()
   for item in find_inputs(config.data):
-    for number, record in enumerate(_records(item, config)):
+    for number, (_, record) in enumerate(read_records(item, config.text_field)):
       report.records += 1
       document = _document(record, item, number, config, report)
       if isinstance(document, str):
@@ -183,37 +183,40 @@ def _kind(path: Path) -> str | None:
   return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def _records(item: _Input, config: DataConfig) -> Iterator[dict | str]:
-  """The records of one input; a string says why a record is unusable."""
+def read_records(item: _Input, text_field: str = "text") -> Iterator[tuple[int, dict | str]]:
+  """The records of one input, each after its number from 1 (of JSONL: its line).
+
+  A string says why a record is unusable; a text file has its parts in `text_field`."""
   try:
     if item.kind == "hub":
-      yield from _hub_records(item.path)
+      yield from enumerate(_hub_records(item.path), 1)
     elif item.kind == "parquet":
-      for part in pa.parquet.ParquetFile(item.path).iter_batches(batch_size=256):
-        yield from part.to_pylist()
+      parts = pa.parquet.ParquetFile(item.path).iter_batches(batch_size=256)
+      yield from enumerate((row for part in parts for row in part.to_pylist()), 1)
     else:
       with pa.input_stream(item.path, compression="detect") as stream:
         file = io.BufferedReader(stream, 1 << 20)
-        yield from _json_records(file) if item.kind == "json" else _text_records(file, config)
+        texts = item.kind == "text"
+        yield from enumerate(_text_records(file, text_field), 1) if texts else _json_records(file)
   except (OSError, pa.ArrowException) as error:
     raise DataError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
 
 
-def _json_records(file: io.BufferedReader) -> Iterator[dict | str]:
-  for number, line in enumerate(file):
-    line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+def _json_records(file: io.BufferedReader) -> Iterator[tuple[int, dict | str]]:
+  for number, line in enumerate(file, 1):
+    line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     if not line.strip():
       continue
     try:
       record = json.loads(line.decode("utf-8"))
-      yield record if isinstance(record, dict) else "not a JSON object"
+      yield number, record if isinstance(record, dict) else "not a JSON object"
     except UnicodeDecodeError:
-      yield "invalid UTF-8"
+      yield number, "invalid UTF-8"
     except (ValueError, RecursionError):
-      yield "broken JSON"
+      yield number, "broken JSON"
 
 
-def _text_records(file: io.BufferedReader, config: DataConfig) -> Iterator[dict | str]:
+def _text_records(file: io.BufferedReader, text_field: str) -> Iterator[dict | str]:
   reader = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
   rest, more = "", True
   while more:
@@ -226,7 +229,7 @@ def _text_records(file: io.BufferedReader, config: DataConfig) -> Iterator[dict 
       part, rest = rest[:cut], rest[cut:]
       escaped = re.search("[\udc80-\udcff]", part)  # what the decoder made of invalid bytes
       if part.strip():
-        yield "invalid UTF-8" if escaped else {config.text_field: part}
+        yield "invalid UTF-8" if escaped else {text_field: part}
 
 
 def _hub_records(name: str) -> Iterator[dict]:

@@ -38,8 +38,9 @@ def _transformer(config=CONFIG, causal=True):
   return params, jax.jit(lambda *x: net.apply(*x)[0])
 
 
-def _by_hand(params, tokens, segments, causal):
+def states_by_hand(params, tokens, segments, causal):
   """Hidden states of one sequence in float64 numpy, one token and one head at a time."""
+  S = len(tokens)
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   K, H = CONFIG.head_dim, CONFIG.n_heads
   norm = lambda x, scale: x / np.sqrt(np.mean(x**2) + 1e-6) * scale
@@ -77,7 +78,7 @@ def test_states_are_those_of_a_transformer_written_with_loops(causal):
   states = hidden(params, _tokens(), SEGMENTS)
   for b in range(len(SEGMENTS)):
     real = np.asarray(SEGMENTS[b]) > 0
-    expected = _by_hand(params, np.asarray(_tokens()[b]), np.asarray(SEGMENTS[b]), causal)
+    expected = states_by_hand(params, np.asarray(_tokens()[b]), np.asarray(SEGMENTS[b]), causal)
     assert_close(states[b][real], expected[real], 1e-5)
 
 
