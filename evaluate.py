@@ -33,6 +33,7 @@ import cpu
 import data
 import documents
 import kernels
+import multiple_choice
 import pretrain
 import report
 import selection
@@ -74,8 +75,14 @@ class Config:
   evaluations: int = option(20, "points of a learning curve")
   eval_sequences: int = option(256, "sequences of each evaluation set, at most, evenly spaced")
   eval_data: tuple[str, ...] = option((), "more texts for NLL, each name a set (as --data)")
+  benchmarks: tuple[str, ...] = option(
+    (), "a folder with multiple-choice tasks, or TASK=FILE, TASK=hf:NAME (multiple_choice.TASKS)"
+  )
+  benchmark_questions: int = option(500, "questions of each task, at most, evenly spaced")
 
   def __post_init__(self):
+    names = [Path(name).name for name in self.eval_data]
+    check(len(set(names)) == len(names), f"--eval_data has two sets of one name: {names}")
     check(bool(self.rater), "name the folder of a trained rater with --rater")
     for name, choices in (("models", transformer.PRESETS), ("policies", selection.POLICIES)):
       values = getattr(self, name)
@@ -88,8 +95,8 @@ class Config:
     for rho in (self.discard, *self.sweep_discard):
       check(0 < rho < 1, f"a discard fraction of {rho:g} must lie between 0 and 1")
     check(len(self.seeds) > 0, "--seeds is empty")
-    check(self.evaluations >= 1, f"--evaluations={self.evaluations} must be at least 1")
-    check(self.eval_sequences >= 1, f"--eval_sequences={self.eval_sequences} must be at least 1")
+    for name in ("evaluations", "eval_sequences", "benchmark_questions"):
+      check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
     for name, choices in (
       ("scorer", (None, *transformer.PRESETS)),
       ("dtype", ("float32", "bfloat16")),
@@ -236,6 +243,7 @@ class Inputs(NamedTuple):
   corpus: data.Corpus
   rater: train.TrainedRater
   eval_sets: dict[str, transformer.Batch]  # name -> rows [blocks, rows, S]
+  questions: dict[str, list[multiple_choice.Question]]  # by task
 
 
 @functools.lru_cache(maxsize=1)
@@ -249,7 +257,7 @@ def open_inputs(config: Config, cache_dir: Path) -> Inputs:
     if noisy or not document.noise > 0:
       texts["validation" + noisy if second_half else "selection"].append(document)
   for name in config.eval_data:
-    texts[name] = documents.read_documents(
+    texts[Path(name).name] = documents.read_documents(
       dataclasses.replace(corpus.config, data=(name,), outer_data=(), max_documents=None)
     )
   sets = {}
@@ -259,7 +267,14 @@ def open_inputs(config: Config, cache_dir: Path) -> Inputs:
       sets[name] = rows
   for name in ("selection", "validation"):
     check(name in sets, f"no clean document falls in the half `{name}` of the validation split")
-  return Inputs(corpus, train.open_rater(config.rater), sets)
+  questions = {}
+  for item in config.benchmarks:
+    task, given, source = item.partition("=")
+    if given:
+      questions[task] = multiple_choice.load_questions(task, source, config.benchmark_questions)
+    else:
+      questions |= multiple_choice.load_all(item, config.benchmark_questions)
+  return Inputs(corpus, train.open_rater(config.rater), sets, questions)
 
 
 def _evenly(members: Iterable[data.Document], tokenizer, sequence_length: int, limit: int):
@@ -335,17 +350,37 @@ def train_run(
 
   def measure(params):
     nll = functools.partial(pretrain.mean_nll, model, params)
-    return {"nll": {name: float(nll(rows)) for name, rows in inputs.eval_sets.items()}}
+    row = {"nll": {name: float(nll(rows)) for name, rows in inputs.eval_sets.items()}}
+    if inputs.questions:
+      row["accuracy"] = {
+        task: multiple_choice.accuracy(
+          functools.partial(logprob(config, run.model, inputs.corpus.vocab_size), params),
+          questions,
+          inputs.corpus.tokenizer,
+          inputs.corpus.config.sequence_length,
+        )["accuracy"]
+        for task, questions in inputs.questions.items()
+      }
+    return row
 
   batches = functools.partial(selected_batches, run, recipe, workdir, inputs.corpus)
   folder = workdir / "runs" / run.name
   pretrain.pretrain(folder, model, recipe, run.seed, batches, measure, progress)
 
 
+def model_config(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
+  return transformer.preset(size, vocab_size, dtype=config.dtype)
+
+
 @functools.cache  # equal models share their compiled programs
 def language_model(config: Config, size: str, vocab_size: int) -> transformer.LanguageModel:
-  shape = transformer.preset(size, vocab_size, dtype=config.dtype)
-  return transformer.language_model(shape, config.loss_backend)
+  return transformer.language_model(model_config(config, size, vocab_size), config.loss_backend)
+
+
+@functools.cache
+def logprob(config: Config, size: str, vocab_size: int):
+  shape = model_config(config, size, vocab_size)
+  return jax.jit(multiple_choice.sequence_logprob(shape, config.loss_backend))
 
 
 def selected_batches(

@@ -18,6 +18,7 @@ import optax
 import tqdm
 
 import transformer
+from cli import check
 from workdir import Checkpoints, Metrics, StopSignal
 
 
@@ -90,15 +91,18 @@ def pretrain(
   )
   stop, saved, losses = StopSignal(), time.monotonic(), []
   for step in range(start + per_call, recipe.steps + 1, per_call):
-    state, loss = train_steps(model, recipe, state, next(batches))
-    losses.append(loss)
+    state, losses_C = train_steps(model, recipe, state, next(batches))
+    losses.append(losses_C)
     bar.update(per_call)
     if step % (recipe.steps // recipe.evaluations):
       continue
-    row = {"step": step, "train": float(np.mean(losses))} | measure(state.params)
-    curve.append(row)
+    loss = float(np.mean(losses))
+    if not np.isfinite(loss):
+      bar.close()
+    check(np.isfinite(loss), f"{folder.name} diverged before step {step}: lower --learning_rate")
+    curve.append({"step": step, "train": loss} | measure(state.params))
     losses.clear()
-    bar.set_postfix_str(f"train {row['train']:.3f}")
+    bar.set_postfix_str(f"train {loss:.3f}")
     if step == recipe.steps or stop.requested or time.monotonic() > saved + 60:
       checkpoints.save(step, state)
       saved = time.monotonic()

@@ -19,9 +19,14 @@ import train
 
 
 @pytest.fixture(scope="module")
-def flags(small_rater, cache):
-  """A workdir -> the flags of a run with the small rater."""
+def flags(small_rater, cache, corpus):
+  """A workdir -> the flags of a run with the small rater, an evaluation set and a benchmark."""
+  questions = cache / "piqa.jsonl"
+  row = {"goal": "Rate each text", "sol1": "the models learn", "sol2": "zq xv", "label": 0}
+  questions.write_text("".join(json.dumps(row | {"label": i % 2}) + "\n" for i in range(4)))
   return lambda workdir, *more: [
+    f"--eval_data={corpus}",
+    f"--benchmarks=piqa={questions}",
     f"--workdir={workdir}",
     f"--rater={small_rater}",
     f"--cache_dir={cache}",
@@ -56,6 +61,8 @@ def test_all_policies_start_alike_and_are_compared(finished):
   assert rho == float(min(sweep, key=sweep.get))
   finals = [p["metrics"]["nll/validation"]["mean"] for p in policies.values()]
   assert len(set(finals)) == len(finals)  # each policy trained on something else
+  assert policies["none"]["metrics"]["accuracy/piqa"]["mean"] == 0.5  # one pair, both answers
+  assert "nll/mine.jsonl" in policies["none"]["metrics"]
   assert (workdir / "table.md").read_text().strip() in output
   for name in ("learning_curves", "compute", "discard"):
     assert (workdir / f"{name}.png").stat().st_size > 5000
@@ -133,7 +140,7 @@ def test_killed_twice_it_goes_on_to_the_same_curves(finished, flags, cache, tmp_
 
 
 def test_dry_run_prints_the_plan_with_its_flops(flags, cache, small_rater):
-  output = jobs.succeed("evaluate.py", cache, *flags("", "--dry_run")[1:])
+  output = jobs.succeed("evaluate.py", cache, *flags("unused", "--dry_run"))
   config = evaluate.Config(
     rater=str(small_rater), models=("nano",), steps=12, batch=2, evaluations=3
   )
@@ -156,6 +163,9 @@ def test_dry_run_prints_the_plan_with_its_flops(flags, cache, small_rater):
     (["--discard=1"], "must lie between 0 and 1"),
     (["--sweep_discard=0.5,x"], "is not a list of numbers"),
     (["--eval_data=absent.jsonl"], "absent.jsonl does not exist"),
+    (["--benchmarks=piqa=absent.jsonl"], "absent.jsonl"),
+    (["--benchmarks=chess=absent.jsonl"], "unknown task 'chess'"),
+    (["--learning_rate=1e30", "--policies=none", "--sweep_discard="], "diverged before step"),
     (["--jobs=0"], "--jobs=0"),
   ],
 )
