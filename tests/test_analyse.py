@@ -6,12 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
+import jobs
 import numpy as np
 import pytest
-from test_train import ROOT, assert_one_line_error, environment
-from test_train import command as train_command
 
 import analyse
 import analysis_page
@@ -20,7 +18,6 @@ import train
 from cli import UserError
 from heuristics import NAMES, heuristics
 
-QUICK = ["--meta_steps=4", "--mode=first_order", "--n_models=1", "--model=nano", "--rater=nano"]
 HEADER = {"rater": "runs/<i>x", "fingerprint": "f0", "size": "nano", "data": "d", "units": "u"}
 HEADER |= {"command": "python analyse.py --data='a&b'"}
 
@@ -399,70 +396,36 @@ def test_in_a_browser_nothing_overflows_and_no_label_is_cut(make, tmp_path):
 # The command.
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-  rng = np.random.default_rng(0)
-  words = "the rater scores each text and the inner models learn from what it likes best".split()
-  path = tmp_path_factory.mktemp("corpus") / "mine.jsonl"
-  with open(path, "w") as file:
-    for i in range(400):
-      text = " ".join(rng.choice(words, 40)).capitalize() + "."
-      level = float(rng.choice([0, 0, 0.2, 0.4, 0.8]))
-      noisy = [chr(rng.integers(33, 127)) if rng.random() < level else c for c in text]
-      print(json.dumps({"text": "".join(noisy), "source": "ab"[i % 2], "noise": level}), file=file)
-  return path
-
-
-def run(corpus, *arguments):
-  return subprocess.run(
-    [sys.executable, *arguments],
-    cwd=ROOT,
-    env=environment(corpus),
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-
-
-@pytest.fixture(scope="module")
-def rater(corpus, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("runs") / "small"
-  result = run(corpus, *train_command(workdir, corpus, *QUICK)[1:])
-  assert result.returncode == 0, result.stderr
-  return workdir
-
-
-def test_the_command_writes_page_numbers_and_scores(rater, corpus, tmp_path):
-  cache = corpus.parent / "cache"
-  arguments = [f"--rater={rater}", f"--output={tmp_path}/out", f"--cache_dir={cache}"]
-  result = run(corpus, "analyse.py", *arguments)
-  assert result.returncode == 0, result.stderr
+def test_the_command_writes_page_numbers_and_scores(small_rater, cache, tmp_path):
+  arguments = [f"--rater={small_rater}", f"--output={tmp_path}/out", f"--cache_dir={cache}"]
+  printed = jobs.succeed("analyse.py", cache, *arguments)
   out = tmp_path / "out"
   assert sorted(os.listdir(out)) == ["analysis.json", "report.html", "scores.jsonl"]
   rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-  expected = [json.loads(x) for x in (rater / "validation_scores.jsonl").read_text().splitlines()]
+  expected = (small_rater / "validation_scores.jsonl").read_text().splitlines()
+  expected = [json.loads(line) for line in expected]
   assert [row["id"] for row in rows] == [row["id"] for row in expected]
   np.testing.assert_allclose(
     [row["score"] for row in rows], [row["score"] for row in expected], rtol=1e-5
   )
   assert set(rows[0]) == {"id", "source", "noise", "score", *NAMES}
   numbers = json.loads((out / "analysis.json").read_text())
-  assert numbers["fingerprint"] == train.open_rater(rater).fingerprint
+  assert numbers["fingerprint"] == train.open_rater(small_rater).fingerprint
   assert "num_articles" in numbers["constant"] and numbers["noise"] is not None
   scores = [row["score"] for row in rows]
   for name in ("punctuation_fraction", "word_count"):
     r = np.corrcoef([row[name] for row in rows], scores)[0, 1]
     assert numbers["pearson"][name]["r"] == pytest.approx(r, abs=1e-5)
-  assert f"OLS R^2 {numbers['ols']['r2']:.3f}" in result.stdout
+  assert f"OLS R^2 {numbers['ols']['r2']:.3f}" in printed
   shown = "".join(Page((out / "report.html").read_text()).text)
   assert numbers["fingerprint"] in shown and f"{len(rows)} documents of 2 sources" in shown
 
 
-def test_mistakes_end_in_one_line(rater, corpus, tmp_path):
+def test_mistakes_end_in_one_line(small_rater, cache, tmp_path):
   (tmp_path / "file").write_text("")
   for flags, message in (
-    ([f"--rater={rater}", f"--output={tmp_path}/file"], "is a file"),
-    ([f"--rater={rater}", f"--output={tmp_path}/o", "--data=absent.jsonl"], "absent.jsonl"),
+    ([f"--rater={small_rater}", f"--output={tmp_path}/file"], "is a file"),
+    ([f"--rater={small_rater}", f"--output={tmp_path}/o", "--data=absent.jsonl"], "absent.jsonl"),
   ):
-    assert_one_line_error(run(corpus, "analyse.py", *flags), message)
+    jobs.assert_one_line_error(jobs.run("analyse.py", cache, *flags), message)
   assert not (tmp_path / "o").exists()
