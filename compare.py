@@ -202,7 +202,7 @@ def _plot_curves(runs: list, curves: dict):
         if policy == "none":
           axis.axhline(mean[-1], color=color, linewidth=0.7, linestyle=":")
       first = len(steps) // 5  # the first steps would set the scale
-      shown = np.concatenate([line.get_ydata()[first:] for line in axis.get_lines()[::1]])
+      shown = np.concatenate([line.get_ydata()[first:] for line in axis.get_lines()])
       pad = 0.05 * np.ptp(shown)
       axis.set_ylim(shown.min() - pad, shown.max() + pad)
       axis.set_title(f"{model}: {metric[1]}", fontsize=10)
