@@ -17,6 +17,7 @@ import dataclasses
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -98,25 +99,56 @@ class Report:
 
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
   """The documents of `config.data`, streamed; unusable records are counted in `report`."""
-  report = Report() if report is None else report
-  documents, fields = 0, ()
-  for item in find_inputs(config.data):
-    for number, record in enumerate(_records(item, config)):
-      report.records += 1
-      document = _document(record, item, number, config, report)
-      if isinstance(document, str):
-        report.skipped[document] = report.skipped.get(document, 0) + 1
-      else:
-        documents += 1
-        yield document
-      fields = fields or (tuple(record) if isinstance(record, dict) else ())
-      if report.records == 1000:
-        _check_quality(config, report, fields)
-      if documents == config.max_documents:
+  for record in read_records(config, report):
+    if not isinstance(record.document, str):
+      yield record.document
+
+
+class Record(NamedTuple):
+  """A record as it was read."""
+
+  input: int  # its place in find_inputs(config.data)
+  number: int  # its place in that input, from 0; blank lines do not count
+  document: Document | str  # a string says why there is none
+  value: dict | None  # its fields; None if they cannot be read
+  original: Any  # the line (bytes) of a JSON record, (Arrow batch, row) of Parquet, else None
+  read: float  # share of the input that is read so far; nan of the hub
+
+
+def read_records(
+  config: DataConfig, report: Report | None = None, start: tuple[int, int] = (0, 0)
+) -> Iterator[Record]:
+  """All records of `config.data` in order, unusable ones too; both are counted in `report`.
+
+  Reading goes on at `start`, the (input, number) of a record, if `report` holds the counts of all
+  records before it. A caller may count further documents as skipped before it takes the next one.
+  """
+  report, fields = Report() if report is None else report, ()
+  for index, item in list(enumerate(find_inputs(config.data)))[start[0] :]:
+    first = start[1] if index == start[0] else 0
+    for record in read_input(item, index, config, report, first):
+      yield record
+      fields = fields or tuple(record.value or ())
+      if report.records >= 1000 and math.log10(report.records).is_integer():
+        check_quality(config, report, fields)
+      if _documents(report) == config.max_documents:
         return
-  _check_quality(config, report, fields)
-  if not documents:
+  check_quality(config, report, fields)
+  if not _documents(report):
     raise DataError(f"{', '.join(config.data)} holds no documents: the files are empty")
+
+
+def read_input(
+  item: _Input, index: int, config: DataConfig, report: Report, first: int = 0
+) -> Iterator[Record]:
+  """The records of one of find_inputs(), from the number `first` on, be they all unusable."""
+  for number, (value, original, read) in enumerate(_records(item, config, first), first):
+    report.records += 1
+    document = _document(value, item, number, config, report)
+    if isinstance(document, str):
+      report.skipped[document] = report.skipped.get(document, 0) + 1
+    value = value if isinstance(value, dict) else None
+    yield Record(index, number, document, value, original, read)
 
 
 def split_of(text: str, config: DataConfig) -> tuple[str, int]:
@@ -144,7 +176,7 @@ class _Input(NamedTuple):
 
 _KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json"}
 _KINDS |= {".parquet": "parquet", ".txt": "text", ".md": "text"}
-_COMPRESSED = (".gz", ".bz2", ".zst")
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
 def find_inputs(data: tuple[str, ...]) -> list[_Input]:
@@ -183,34 +215,54 @@ def _kind(path: Path) -> str | None:
   return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def _records(item: _Input, config: DataConfig) -> Iterator[dict | str]:
-  """The records of one input; a string says why a record is unusable."""
+def _documents(report: Report) -> int:
+  return report.records - sum(report.skipped.values())
+
+
+def _records(
+  item: _Input, config: DataConfig, first: int
+) -> Iterator[tuple[dict | str, Any, float]]:
+  """(value, original, read) of the records of one input; a string says why one is unusable."""
   try:
     if item.kind == "hub":
-      yield from _hub_records(item.path)
+      for value in itertools.islice(_hub_records(item.path), first, None):
+        yield value, None, math.nan
     elif item.kind == "parquet":
-      for part in pa.parquet.ParquetFile(item.path).iter_batches(batch_size=256):
-        yield from part.to_pylist()
+      yield from _parquet_records(pa.parquet.ParquetFile(item.path), first)
     else:
-      with pa.input_stream(item.path, compression="detect") as stream:
-        file = io.BufferedReader(stream, 1 << 20)
-        yield from _json_records(file) if item.kind == "json" else _text_records(file, config)
+      with open(item.path, "rb") as raw:
+        compression = _COMPRESSED.get(Path(item.path).suffix)
+        file = io.BufferedReader(pa.input_stream(raw, compression), 1 << 20)
+        if item.kind == "json":
+          values = _json_records(file, first)
+        else:
+          values = ((x, None) for x in itertools.islice(_text_records(file, config), first, None))
+        for value, original in values:
+          yield value, original, raw.tell() / max(item.stamp[0], 1)
   except (OSError, pa.ArrowException) as error:
     raise DataError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
 
 
-def _json_records(file: io.BufferedReader) -> Iterator[dict | str]:
-  for number, line in enumerate(file):
-    line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-    if not line.strip():
-      continue
+def _parquet_records(file: pa.parquet.ParquetFile, first: int) -> Iterator[tuple[dict, Any, float]]:
+  number, total = 0, max(file.metadata.num_rows, 1)
+  for batch in file.iter_batches(batch_size=256):
+    values = batch.to_pylist() if number + len(batch) > first else [None] * len(batch)
+    for row, value in enumerate(values):
+      number += 1
+      if number > first:
+        yield value, (batch, row), number / total
+
+
+def _json_records(file: io.BufferedReader, first: int) -> Iterator[tuple[dict | str, bytes]]:
+  lines = (x.removeprefix(b"\xef\xbb\xbf") if i == 0 else x for i, x in enumerate(file))
+  for line in itertools.islice(filter(None, map(bytes.strip, lines)), first, None):
     try:
-      record = json.loads(line.decode("utf-8"))
-      yield record if isinstance(record, dict) else "not a JSON object"
+      value = json.loads(line.decode("utf-8"))
+      yield (value if isinstance(value, dict) else "not a JSON object"), line
     except UnicodeDecodeError:
-      yield "invalid UTF-8"
+      yield "invalid UTF-8", line
     except (ValueError, RecursionError):
-      yield "broken JSON"
+      yield "broken JSON", line
 
 
 def _text_records(file: io.BufferedReader, config: DataConfig) -> Iterator[dict | str]:
@@ -278,7 +330,8 @@ def _field(record: dict, name: str) -> Any:
   return record
 
 
-def _check_quality(config: DataConfig, report: Report, fields: tuple[str, ...]) -> None:
+def check_quality(config: DataConfig, report: Report, fields: tuple[str, ...]) -> None:
+  """Raises DataError if no record has a text, or too many are unusable."""
   missing = report.skipped.get(f"without a value in {config.text_field!r}", 0)
   if report.records and missing == report.records:
     raise DataError(
