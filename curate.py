@@ -132,9 +132,11 @@ def open_job(config: Config, output: Path) -> Job:
     UserError: no rater there; the folder holds another run or other things.
   """
   inputs = find_inputs(config.data)
-  for name in config.data:
-    inside = Path(name).is_dir() and output.resolve().is_relative_to(Path(name).resolve())
-    check(not inside, f"--output={output} lies in the input {name}: name a folder outside it")
+  folder = output.resolve()
+  for path in map(Path, (*config.data, *(item.path for item in inputs))):
+    apart = not (path.is_dir() and folder.is_relative_to(path.resolve()))
+    apart = apart and not path.resolve().is_relative_to(folder)
+    check(apart, f"--output={output} and the input {path} overlap: name a folder apart from it")
   rater = train.open_rater(config.rater)
   reading = data.DataConfig(
     data=config.data,

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsSingleton, TaggedOutput
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.utils.shared import Shared
 
 import curate as local
@@ -44,8 +45,10 @@ def curate(config: local.Config, output: Path) -> None:
   )
   check(config.max_documents is None, "--max_documents needs an order: leave it out with --runner")
   try:
-    options = PipelineOptions([f"--runner={config.runner}", *config.beam_options])
-    pipeline = beam.Pipeline(options=options)
+    options = PipelineOptions(list(config.beam_options))
+    # Beam's own DirectRunner first fetches another runner, Prism, from the network.
+    runner = FnApiRunner() if config.runner == "DirectRunner" else config.runner
+    pipeline = beam.Pipeline(runner, options)
   except (ValueError, ImportError) as error:
     raise UserError(f"--runner={config.runner}: {documents.one_line(error)}") from None
   job = local.open_job(config, output)
