@@ -119,7 +119,7 @@ def build(pipeline: beam.Pipeline, job: local.Job, output: Path) -> None:
 
 
 def read(item: tuple[int, Any], reading: data.DataConfig, format: str) -> Iterator[Any]:
-  """(text, JSON line or fields) of the documents of an input."""
+  """(text in UTF-8, JSON line or fields) of the documents of an input."""
   index, source = item
   for record in documents.read_input(source, index, reading, documents.Report()):
     reason = record.document
@@ -130,7 +130,7 @@ def read(item: tuple[int, Any], reading: data.DataConfig, format: str) -> Iterat
       yield TaggedOutput("rejects", reject)
     else:
       body = shards.json_line(record) if format == "jsonl" else record.value
-      yield record.document.text, body
+      yield record.document.text.encode("utf-8", "surrogatepass"), body
 
 
 class Score(beam.DoFn):
@@ -146,7 +146,8 @@ class Score(beam.DoFn):
 
   def process(self, batch):
     texts, bodies = zip(*batch, strict=True)
-    scores, tokens = self.score(list(texts), self.full_rows)
+    texts = [text.decode("utf-8", "surrogatepass") for text in texts]
+    scores, tokens = self.score(texts, self.full_rows)
     if not np.isfinite(scores).all():
       raise ValueError("the rater gives scores that are not finite: its training diverged")
     yield bodies, scores, np.array([scoring.coin(self.seed, text) for text in texts])

@@ -459,13 +459,13 @@ def run(environment, *arguments):
   )
 
 
-def test_killed_four_times_the_output_is_the_same_bytes(job, workdir, tmp_path, environment):
+def test_killed_three_times_the_output_is_the_same_bytes(job, workdir, tmp_path, environment):
   texts = make_texts(1200)
   path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in texts] + [b"{"])
   flags = [f"--data={path}", "--discard=0.5", "--shard_records=8", "--full_rows=4"]
   output, rng = tmp_path / "killed", random.Random(0)
   left = []
-  for pattern, count in (("scores/*", 3), ("scores/*", 60), ("scores/*", 149), ("part-*", 40)):
+  for pattern, count in (("scores/*", 3), ("scores/*", 90), ("part-*", 40)):
     process = subprocess.Popen(
       command(workdir, output, *flags),
       cwd=ROOT,
@@ -483,12 +483,9 @@ def test_killed_four_times_the_output_is_the_same_bytes(job, workdir, tmp_path, 
     left.append(len(list(output.glob(pattern))))
   result = run(environment, *command(workdir, output, *flags))
   assert result.returncode == 0, result.stderr
-  assert left[0] < 151 and left[3] < 151 and not (output / "scores").exists()
-  whole = run(environment, *command(workdir, tmp_path / "whole", *flags))
-  assert whole.returncode == 0 and whole.stdout.splitlines()[1:] == result.stdout.splitlines()[-2:]
-  assert contents(output) == contents(tmp_path / "whole")
-  mine = job(path, output=tmp_path / "mine", shard_records=8, batch_size=256)
-  assert contents(mine)["part-00007.jsonl"] == contents(output)["part-00007.jsonl"]
+  assert left[0] < 151 > left[2] and not (output / "scores").exists()
+  whole = job(path, output=tmp_path / "whole", shard_records=8, batch_size=256)
+  assert contents(output) == contents(whole)
 
 
 def test_ctrl_c_stops_at_the_next_batch_and_the_rest_follows(job, tmp_path, monkeypatch, capsys):
@@ -573,7 +570,7 @@ def test_bad_records_are_listed_with_place_and_reason_and_stop_nothing(job, tmp_
 def test_a_curated_file_is_not_curated_again(job, tmp_path):
   path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in make_texts(20)])
   output = job(path)
-  with pytest.raises(DataError, match="20 has a field 'datarater_score' already"):
+  with pytest.raises(DataError, match="16 has a field 'datarater_score' already"):
     job(output / "part-00000.jsonl", shard_records=100)
 
 
@@ -633,7 +630,6 @@ def test_from_the_command_line_mistakes_are_one_line(workdir, tmp_path, environm
   good = [f"--data={path}", "--discard=0.5"]
   for variables, arguments, message in (
     (environment, [f"--rater={tmp_path / 'none'}", f"--output={tmp_path / 'o'}", *good], "no run"),
-    (environment, [f"--rater={workdir}", *good], "--output"),
     (without_beam, command(workdir, tmp_path / "o", *good)[2:] + ["--runner=DirectRunner"],
      "pip install -e '.[beam]'"),
   ):  # fmt: skip
