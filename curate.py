@@ -232,7 +232,7 @@ def prepared(job: Job, done: list[Scored]) -> Iterator[tuple[list[scoring.Rows],
   """The batches, coins and facts of the shards after those that are done."""
   rater, config = job.rater, job.config
   sizes = [item.stamp[0] for item in job.inputs]
-  for start, records, following in chunks(job, [shard.about for shard in done]):
+  for records, following in chunks(job, [shard.about for shard in done]):
     usable = [record for record in records if not isinstance(record.document, str)]
     texts = [record.document.text for record in usable]
     rows = scoring.batches(texts, rater.tokenizer, rater.config.sequence_length, config.full_rows)
@@ -249,8 +249,7 @@ def prepared(job: Job, done: list[Scored]) -> Iterator[tuple[list[scoring.Rows],
       if isinstance(x.document, str)
     ]
     about = {
-      "start": start,  # (input, number) of the first record
-      "next": following,  # of the shard after it; None: there is none
+      "next": following,  # (input, number) of the record after it; None: there is none
       "records": len(records),
       "rejects": rejects,
       "tokens": sum(int(batch.tokens.sum()) for batch in rows),
@@ -260,11 +259,8 @@ def prepared(job: Job, done: list[Scored]) -> Iterator[tuple[list[scoring.Rows],
     yield rows, coins, about
 
 
-def chunks(
-  job: Job, done: list[dict]
-) -> Iterator[tuple[tuple[int, int], list[Record], tuple[int, int] | None]]:
-  """The shards of the input after those `done`: (place of the first record, records, place of the
-  record that follows)."""
+def chunks(job: Job, done: list[dict]) -> Iterator[tuple[list[Record], tuple[int, int] | None]]:
+  """The shards of the input after those `done`: (records, place of the record that follows)."""
   counts, place = documents.Report(), (0, 0)
   if done:
     counts.records, place = sum(about["records"] for about in done), done[-1]["next"]
@@ -285,7 +281,7 @@ def chunks(
   while first is not None:
     chunk = [first, *itertools.islice(records, job.config.shard_records - 1)]
     following = next(records, None)  # at the end the share of unusable records is judged
-    yield first[:2], chunk, following and following[:2]
+    yield chunk, following and following[:2]
     first = following
 
 
@@ -308,6 +304,8 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
   ends = np.cumsum([len(shard.scores) for shard in done])
   ordered = np.sort(scores)
   columns = dict(zip(shards.FIELDS, select(job.config, scores, coins, ordered), strict=False))
+  if (tied := np.unique(ordered, return_counts=True)[1].max()) > 0.01 * len(ordered):
+    print(f"note: {tied} of {len(ordered)} documents have one score: selected by it, all are alike")
   schema = output_schema(job, done)
   paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]
   parts = [
@@ -317,7 +315,7 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
   written = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
   bar = tqdm.tqdm(desc="writing", total=len(scores), initial=int(([0, *ends])[written]))
   rest = chunks(job, [shard.about for shard in done[:written]]) if written < len(paths) else ()
-  for i, (_, records, _) in enumerate(rest, written):
+  for i, (records, _) in enumerate(rest, written):
     records = [record for record in records if not isinstance(record.document, str)]
     check(
       i < len(done) and len(records) == len(done[i].scores),

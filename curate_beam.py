@@ -14,6 +14,7 @@ resuming beyond what the runner does. Needs pip install -e '.[beam]'.
 
 import functools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def curate(config: local.Config, output: Path) -> None:
   if not (output / "manifest.json").exists():
     for path in output.glob("*-*-of-*"):
       path.unlink()  # of a pipeline that failed
+    for path in output.glob("beam-temp-*"):
+      shutil.rmtree(path)
     build(pipeline, job, output)
     pipeline.run().wait_until_finish()
     finish(job, output)
@@ -78,6 +81,7 @@ def build(pipeline: beam.Pipeline, job: local.Job, output: Path) -> None:
   )
   scored = (
     records.texts
+    | "spread" >> beam.Reshuffle()  # else whoever reads a file scores it
     | beam.BatchElements(min_batch_size=256, max_batch_size=4096)
     | "score"
     >> beam.ParDo(Score(config.rater, config.full_rows, config.seed)).with_outputs(

@@ -255,6 +255,23 @@ def test_fields_of_two_kinds_cannot_be_parquet_and_dates_cannot_be_json(job, tmp
   assert manifest(output)["rejected"] == {"cannot be jsonl (TypeError)": 1}
 
 
+def test_records_of_the_hub_become_json_lines(job, tmp_path, monkeypatch):
+  import datasets
+
+  records = [{"id": i, "text": t, "meta": {"é": [None, 1.5]}} for i, t in enumerate(make_texts(40))]
+  calls = []
+
+  def load_dataset(*arguments, **options):
+    calls.append((arguments, options))
+    return iter(records)
+
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+  output = job("hf:some/corpus:en:test")
+  old = [{k: v for k, v in record.items() if k not in NEW} for record in read_jsonl(output)]
+  assert old == records
+  assert calls[0] == (("some/corpus", "en"), {"split": "test", "streaming": True})
+
+
 # Scores
 
 
@@ -302,6 +319,18 @@ def test_batches_hold_every_piece_once_and_have_few_shapes():
   for x in batches:
     assert (x.batch.segments.sum(-1) == x.tokens).all() and (x.batch.segments <= 1).all()
     assert (x.batch.tokens[x.batch.segments == 0] == tokenizer.pad).all()
+
+
+def test_a_rater_that_diverged_and_one_that_has_not_learnt_are_told(
+  job, tmp_path, monkeypatch, capsys
+):
+  path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in make_texts(40)])
+  monkeypatch.setattr(scoring, "score", lambda rater, rows, n, _: np.zeros(n, np.float32))
+  job(path)
+  assert "40 of 40 documents have one score" in capsys.readouterr().out
+  monkeypatch.setattr(scoring, "score", lambda rater, rows, n, _: np.full(n, np.nan, np.float32))
+  with pytest.raises(UserError, match="diverged"):
+    job(path)
 
 
 # Selection
