@@ -76,14 +76,14 @@ class Config:
   shard_records: int = option(
     4096, "records of the input for an output file; the grain of a restart"
   )
-  full_rows: int = option(64, "sequences of full length in a batch on the device; more if shorter")
+  score_batch: int = option(64, "sequences of full length scored at once; more if shorter")
   runner: str | None = option(None, "of Apache Beam: DirectRunner, Dataflow, Flink, Spark, ...")
   beam_options: tuple[str, ...] = option((), "further flags of that runner: --project=x,--region=y")
 
   def __post_init__(self):
     check(self.rater is not None, "name the workdir of a trained rater with --rater")
     check(len(self.data) > 0, "name what to curate with --data")
-    for name in ("batch_size", "shard_records", "full_rows"):
+    for name in ("batch_size", "shard_records", "score_batch"):
       check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
     for name, choices in (("selection", ("pointwise", "top_k")), ("format", shards.FORMATS)):
       value = getattr(self, name)
@@ -158,6 +158,7 @@ def curate(config: Config, output: Path) -> None:
     unfinished.unlink()
   if not (output / "manifest.json").exists():
     stop = StopSignal()
+    output_schema(job, [])  # files that cannot become one table: before the scoring
     try:
       score(job, output, stop)
       write(job, output, stop)
@@ -208,7 +209,8 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
         raise Stopped
 
     if about["read"]:  # an estimate; of the hub, not even that
-      bar.total = round((count + len(coins)) / about["read"])
+      total = round((count + len(coins)) / about["read"])
+      bar.total = min(total, job.config.max_documents or total)
     scores = scoring.score(job.rater, rows, len(coins), progress)
     check(
       bool(np.isfinite(scores).all()),
@@ -222,7 +224,7 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
 
 def scored(output: Path) -> list[Scored]:
   shards = []
-  for path in sorted((output / "scores").glob("*.npz")):
+  for path in sorted((output / "scores").glob("*.npz"), key=lambda path: int(path.stem)):
     with np.load(path) as file:
       shards.append(Scored(file["scores"], file["coins"], json.loads(str(file["about"]))))
   return shards
@@ -235,7 +237,7 @@ def prepared(job: Job, done: list[Scored]) -> Iterator[tuple[list[scoring.Rows],
   for records, following in chunks(job, [shard.about for shard in done]):
     usable = [record for record in records if not isinstance(record.document, str)]
     texts = [record.document.text for record in usable]
-    rows = scoring.batches(texts, rater.tokenizer, rater.config.sequence_length, config.full_rows)
+    rows = scoring.batches(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
     coins = np.array([scoring.coin(config.seed, text) for text in texts])
     end = records[-1]
     read = (sum(sizes[: end.input]) + sizes[end.input] * end.read) / max(sum(sizes), 1)
@@ -304,7 +306,7 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
   ends = np.cumsum([len(shard.scores) for shard in done])
   ordered = np.sort(scores)
   columns = dict(zip(shards.FIELDS, select(job.config, scores, coins, ordered), strict=False))
-  if (tied := np.unique(ordered, return_counts=True)[1].max()) > 0.01 * len(ordered):
+  if (tied := np.unique(ordered, return_counts=True)[1].max()) > max(1, len(ordered) / 100):
     print(f"note: {tied} of {len(ordered)} documents have one score: selected by it, all are alike")
   schema = output_schema(job, done)
   paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]

@@ -84,7 +84,7 @@ def build(pipeline: beam.Pipeline, job: local.Job, output: Path) -> None:
     | "spread" >> beam.Reshuffle()  # else whoever reads a file scores it
     | beam.BatchElements(min_batch_size=256, max_batch_size=4096)
     | "score"
-    >> beam.ParDo(Score(config.rater, config.full_rows, config.seed)).with_outputs(
+    >> beam.ParDo(Score(config.rater, config.score_batch, config.seed)).with_outputs(
       "scores", "counts", main="batches"
     )
   )
@@ -140,8 +140,8 @@ def read(item: tuple[int, Any], reading: data.DataConfig, format: str) -> Iterat
 class Score(beam.DoFn):
   """Batches of (text, body) -> (bodies, scores [n], coins [n]); one rater for all of a process."""
 
-  def __init__(self, workdir: str, full_rows: int, seed: int):
-    self.workdir, self.full_rows, self.seed = workdir, full_rows, seed
+  def __init__(self, workdir: str, score_batch: int, seed: int):
+    self.workdir, self.score_batch, self.seed = workdir, score_batch, seed
     self.shared = Shared()
 
   def setup(self):
@@ -151,7 +151,7 @@ class Score(beam.DoFn):
   def process(self, batch):
     texts, bodies = zip(*batch, strict=True)
     texts = [text.decode("utf-8", "surrogatepass") for text in texts]
-    scores, tokens = self.score(texts, self.full_rows)
+    scores, tokens = self.score(texts, self.score_batch)
     if not np.isfinite(scores).all():
       raise ValueError("the rater gives scores that are not finite: its training diverged")
     yield bodies, scores, np.array([scoring.coin(self.seed, text) for text in texts])

@@ -243,14 +243,25 @@ def _records(
     raise DataError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
 
 
-def _parquet_records(file: pa.parquet.ParquetFile, first: int) -> Iterator[tuple[dict, Any, float]]:
+def _parquet_records(
+  file: pa.parquet.ParquetFile, first: int
+) -> Iterator[tuple[dict | str, Any, float]]:
   number, total = 0, max(file.metadata.num_rows, 1)
   for batch in file.iter_batches(batch_size=256):
-    values = batch.to_pylist() if number + len(batch) > first else [None] * len(batch)
+    values = _rows(batch) if number + len(batch) > first else [{}] * len(batch)
     for row, value in enumerate(values):
       number += 1
       if number > first:
         yield value, (batch, row), number / total
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict | str]:
+  try:
+    return batch.to_pylist()
+  except (OverflowError, ValueError):  # a date of the year 20,000, say
+    if len(batch) == 1:
+      return ["a value that Python cannot hold"]
+    return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
 
 
 def _json_records(file: io.BufferedReader, first: int) -> Iterator[tuple[dict | str, bytes]]:

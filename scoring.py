@@ -39,10 +39,10 @@ def lengths(sequence_length: int) -> list[int]:
 
 
 def batches(
-  texts: list[str], tokenizer: data.Tokenizer, sequence_length: int, full_rows: int
+  texts: list[str], tokenizer: data.Tokenizer, sequence_length: int, score_batch: int
 ) -> list[Rows]:
-  """All pieces of the texts, in batches of full_rows * S tokens: the longest pieces first, in order
-  of the texts within a length."""
+  """All pieces of the texts, in batches of score_batch * S tokens: the longest pieces first, and of
+  one length in the order of the texts."""
   buckets = {length: [] for length in lengths(sequence_length)}
   for index, tokens in enumerate(tokenizer.encode(texts)):
     for piece in data.cut(tokens, sequence_length):
@@ -50,7 +50,7 @@ def batches(
       buckets[length].append((index, piece))
   result = []
   for length, pieces in reversed(buckets.items()):
-    rows = full_rows * sequence_length // length
+    rows = score_batch * sequence_length // length
     for start in range(0, len(pieces), rows):
       result.append(_rows(pieces[start : start + rows], rows, length, tokenizer.pad))
   return result
@@ -97,10 +97,10 @@ def score(
 
 
 def score_texts(
-  rater: train.TrainedRater, texts: list[str], full_rows: int
+  rater: train.TrainedRater, texts: list[str], score_batch: int
 ) -> tuple[np.ndarray, int]:
   """Scores [n] float32 of the texts, and the tokens that were scored."""
-  rows = batches(texts, rater.tokenizer, rater.config.sequence_length, full_rows)
+  rows = batches(texts, rater.tokenizer, rater.config.sequence_length, score_batch)
   return score(rater, rows, len(texts)), sum(int(x.tokens.sum()) for x in rows)
 
 

@@ -54,8 +54,9 @@ def with_fields(line: bytes, fields: Mapping[str, Any]) -> bytes:
 
 
 def common_schema(schemas: list[pa.Schema]) -> pa.Schema:
+  """All their columns, each of a type that holds all of its types."""
   try:
-    return pa.unify_schemas(schemas, promote_options="permissive")
+    return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
   except pa.ArrowException as error:
     raise UserError(
       f"the records have no common Parquet schema ({one_line(error)}): use --format=jsonl"
@@ -82,15 +83,17 @@ def write(
     lines = (with_fields(json_line(x), row) for x, row in zip(records, rows, strict=True))
     report.write_atomically(path, lambda file: file.writelines(lines))
     return
-  table = _table(records, schema)
-  for name, values in columns.items():
-    table = table.append_column(name, pa.array(values))
   try:
+    table = _table(records, schema)
+    for name, values in columns.items():
+      table = table.append_column(name, pa.array(values))
     report.write_atomically(
       path, lambda file: pa.parquet.write_table(table, file, compression="zstd")
     )
   except pa.ArrowException as error:
-    raise UserError(f"{path.name} cannot be Parquet ({one_line(error)}): --format=jsonl") from None
+    raise UserError(
+      f"{path.name} cannot be Parquet ({one_line(error)}): use --format=jsonl"
+    ) from None
 
 
 def _table(records: list[Record], schema: pa.Schema) -> pa.Table:

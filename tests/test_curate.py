@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import scipy.stats
+import tokenizers
 import zstandard
 
 import curate
@@ -56,10 +57,12 @@ def workdir(tmp_path_factory):
   return make_rater(tmp_path_factory.mktemp("rater") / "run", seed=0)
 
 
-def make_rater(workdir, seed):
-  config = train.Config(rater="nano", sequence_length=32)
+def make_rater(workdir, seed, tokenizer="bytes"):
+  config = train.Config(rater="nano", sequence_length=32, tokenizer=tokenizer)
   open_workdir(workdir, config, "corpus")
-  eta = train.make_rater(config, 258).init(jax.random.PRNGKey(seed))
+  eta = train.make_rater(config, data.load_tokenizer(tokenizer).vocab_size).init(
+    jax.random.PRNGKey(seed)
+  )
   head = jax.random.normal(jax.random.PRNGKey(seed + 1), eta["~"]["score_head"].shape)
   eta["~"]["score_head"] = head
   checkpoints = Checkpoints(workdir)
@@ -83,11 +86,11 @@ def job(workdir, tmp_path):
 
   def run(*inputs, output=None, **flags):
     output = output or tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-    defaults = {"discard": 0.5, "batch_size": 16, "shard_records": 16, "full_rows": 4}
+    defaults = {"discard": 0.5, "batch_size": 16, "shard_records": 16, "score_batch": 4}
     if flags.get("score_only"):
       del defaults["discard"]
     inputs = tuple(map(str, inputs))
-    config = curate.Config(rater=str(workdir), data=inputs, **(defaults | flags))
+    config = curate.Config(data=inputs, **(defaults | {"rater": str(workdir)} | flags))
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
       if config.runner:
@@ -249,6 +252,16 @@ def test_fields_of_two_kinds_cannot_be_parquet_and_dates_cannot_be_json(job, tmp
   for shard in (16, 40):
     with pytest.raises(UserError, match="--format=jsonl"):
       job(path, format="parquet", shard_records=shard)
+  path = write_lines(tmp_path / "in.jsonl", [{"text": "a", "m": {}}, {"text": "b", "x": 2**60 + 1}])
+  with pytest.raises(UserError, match="part-00000.parquet cannot be Parquet.*'m'"):
+    job(path, format="parquet")
+  write_lines(tmp_path / "in.jsonl", [{"text": "a", "x": 0.5}, {"text": "b", "x": 2**60 + 1}])
+  with pytest.raises(UserError, match="Parquet.*--format=jsonl"):
+    job(path, format="parquet", shard_records=1)
+  pa.parquet.write_table(pa.table({"text": ["a"], "x": [1]}), tmp_path / "1.parquet")
+  pa.parquet.write_table(pa.table({"text": ["a"], "x": ["1"]}), tmp_path / "2.parquet")
+  with pytest.raises(UserError, match="no common Parquet schema"):
+    job(tmp_path / "?.parquet")
   day = [datetime.date(2026, 1, 1)] + [None] * 39
   pa.parquet.write_table(pa.table({"text": make_texts(40), "d": day}), tmp_path / "d.parquet")
   output = job(tmp_path / "d.parquet", format="jsonl")
@@ -333,6 +346,21 @@ def test_a_rater_that_diverged_and_one_that_has_not_learnt_are_told(
     job(path)
 
 
+def test_a_tokenizer_json_and_a_text_longer_than_a_sequence(tmp_path, job, monkeypatch):
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
+  tokenizer.train_from_iterator(make_texts(50), trainer)
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  workdir = make_rater(tmp_path / "rater", seed=2, tokenizer=str(tmp_path / "tokenizer.json"))
+  texts = make_texts(30, longest=300)
+  path = write_lines(tmp_path / "in.jsonl", [{"body": {"text": t}} for t in texts])
+  output = job(path, rater=str(workdir), text_field="body.text")
+  scores = [record["datarater_score"] for record in read_jsonl(output)]
+  np.testing.assert_allclose(scores, train.load_rater(workdir)(texts), rtol=1e-5, atol=1e-6)
+  assert manifest(output)["tokenizer"]["name"].endswith("tokenizer.json")
+
+
 # Selection
 
 
@@ -393,7 +421,7 @@ def test_however_the_input_is_split_the_same_documents_are_kept(job, tmp_path):
   path = write_lines(tmp_path / "all.jsonl", records)
   whole = job(path, shard_records=300)
   kept = kept_texts(whole)
-  assert kept_texts(job(path, shard_records=7, full_rows=2)) == kept
+  assert kept_texts(job(path, shard_records=7, score_batch=2)) == kept
   a = write_lines(tmp_path / "a.jsonl", records[100:])
   b = write_lines(tmp_path / "b.jsonl", records[:100][::-1])
   assert kept_texts(job(a, b)) == kept
@@ -491,7 +519,7 @@ def run(environment, *arguments):
 def test_killed_three_times_the_output_is_the_same_bytes(job, workdir, tmp_path, environment):
   texts = make_texts(1200)
   path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in texts] + [b"{"])
-  flags = [f"--data={path}", "--discard=0.5", "--shard_records=8", "--full_rows=4"]
+  flags = [f"--data={path}", "--discard=0.5", "--shard_records=8", "--score_batch=4"]
   output, rng = tmp_path / "killed", random.Random(0)
   left = []
   for pattern, count in (("scores/*", 3), ("scores/*", 90), ("part-*", 40)):
@@ -684,7 +712,7 @@ def test_beam_gives_the_same_lines_rejects_and_manifest(score_only, job, tmp_pat
   (tmp_path / "b.jsonl.gz").write_bytes(
     gzip.compress(b"\n".join(json.dumps(r).encode() for r in records[300:]))
   )
-  flags = dict(score_only=score_only, full_rows=4)
+  flags = dict(score_only=score_only, score_batch=4)
   local = job(a, tmp_path / "b.jsonl.gz", shard_records=37, **flags)
   beam = job(a, tmp_path / "b.jsonl.gz", runner="DirectRunner", **flags)
   assert sorted_records(beam) == sorted_records(local)

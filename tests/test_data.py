@@ -121,6 +121,16 @@ def test_records_can_be_read_from_any_place_on_and_tell_how_far_they_are(tmp_pat
     assert report.records == len(whole) and sum(report.skipped.values()) == 3
 
 
+def test_a_parquet_row_that_python_cannot_hold_is_skipped_alone(tmp_path):
+  times = pa.array([0, 2**50, 0, 5], pa.timestamp("ms"))
+  pa.parquet.write_table(
+    pa.table({"text": ["a", "b", "c", "d"], "t": times}), tmp_path / "t.parquet"
+  )
+  read, report = _read(str(tmp_path / "t.parquet"), max_bad_fraction=0.5)
+  assert [document.text for document in read] == ["a", "c", "d"]
+  assert report.skipped == {"a value that Python cannot hold": 1}
+
+
 def test_bad_file_stops_after_a_thousand_records(tmp_path):
   path = _jsonl(tmp_path / "bad.jsonl", [b"{"] * 900 + [{"text": "x"}] * 100 + [b"{"] * 5000)
   with pytest.raises(DataError, match="900 of 1000"):
