@@ -8,7 +8,7 @@
 The output has the records of the input, in order, in files part-00000.jsonl (or .parquet), ...:
 every field as it was, then datarater_score phi_eta(x), datarater_quantile F(phi(x)), the share of
 documents with a score <= this one, and datarater_keep. manifest.json tells what was done,
-rejects.jsonl which records are not there and why.
+rejects.jsonl which records are not there (numbers from 1; of JSONL, the line) and why.
 
 Selection, with B = --batch_size, the oversampled batch, and K = round((1 - discard) B):
   pointwise  a document is kept if a coin, a hash of (--seed, its text), falls below P_accept of its
@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import tqdm
 from absl import flags, logging
 
@@ -48,7 +47,7 @@ import scoring
 import shards
 import train
 from cli import check, option
-from documents import Record, find_inputs, read_records
+from documents import Record, corpus_records, find_inputs
 from workdir import StopSignal, open_workdir
 
 FORMAT = 1  # of the output; raise it when what is written changes
@@ -251,7 +250,7 @@ def prepared(job: Job, done: list[Scored]) -> Iterator[tuple[list[scoring.Rows],
       if isinstance(x.document, str)
     ]
     about = {
-      "next": following,  # (input, number) of the record after it; None: there is none
+      "next": following,  # (input, index) of the record after it; None: there is none
       "records": len(records),
       "rejects": rejects,
       "tokens": sum(int(batch.tokens.sum()) for batch in rows),
@@ -270,7 +269,7 @@ def chunks(job: Job, done: list[dict]) -> Iterator[tuple[list[Record], tuple[int
       counts.skipped[reject["reason"]] += 1
 
   def checked():
-    for record in read_records(job.reading, counts, tuple(place)):
+    for record in corpus_records(job.reading, counts, tuple(place)):
       reason = None
       if not isinstance(record.document, str):
         reason = shards.unwritable(record, job.format)
@@ -355,7 +354,7 @@ def output_schema(job: Job, done: list[Scored]) -> pa.Schema | None:
   """The columns of the input, if the output is Parquet."""
   if job.format == "jsonl":
     return None
-  found = [pa.parquet.read_schema(item.path) for item in job.inputs if item.kind == "parquet"]
+  found = [shards.file_schema(item.path) for item in job.inputs if item.kind == "parquet"]
   hexes = dict.fromkeys(shard.about["schema"] for shard in done if shard.about["schema"])
   found += [pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(x))) for x in hexes]
   return shards.common_schema(found)

@@ -22,7 +22,6 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -72,7 +71,7 @@ def build(pipeline: beam.Pipeline, job: local.Job, output: Path) -> None:
     check(
       kinds == {"parquet"}, "--format=parquet of other inputs: leave --runner out, or use jsonl"
     )
-    schema = shards.common_schema([pa.parquet.read_schema(item.path) for item in job.inputs])
+    schema = shards.common_schema([shards.file_schema(item.path) for item in job.inputs])
   records = (
     pipeline
     | "inputs" >> beam.Create(list(enumerate(job.inputs)))
@@ -125,7 +124,7 @@ def build(pipeline: beam.Pipeline, job: local.Job, output: Path) -> None:
 def read(item: tuple[int, Any], reading: data.DataConfig, format: str) -> Iterator[Any]:
   """(text in UTF-8, JSON line or fields) of the documents of an input."""
   index, source = item
-  for record in documents.read_input(source, index, reading, documents.Report()):
+  for record in documents.input_records(source, index, reading, documents.Report()):
     reason = record.document
     if not isinstance(reason, str):
       reason = shards.unwritable(record, format)

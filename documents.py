@@ -99,7 +99,7 @@ class Report:
 
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
   """The documents of `config.data`, streamed; unusable records are counted in `report`."""
-  for record in read_records(config, report):
+  for record in corpus_records(config, report):
     if not isinstance(record.document, str):
       yield record.document
 
@@ -108,25 +108,26 @@ class Record(NamedTuple):
   """A record as it was read."""
 
   input: int  # its place in find_inputs(config.data)
-  number: int  # its place in that input, from 0; blank lines do not count
+  index: int  # its place in that input, from 0; blank lines do not count
+  number: int  # the same from 1, of JSONL its line: for messages
   document: Document | str  # a string says why there is none
   value: dict | None  # its fields; None if they cannot be read
   original: Any  # the line (bytes) of a JSON record, (Arrow batch, row) of Parquet, else None
   read: float  # share of the input that is read so far; nan of the hub
 
 
-def read_records(
+def corpus_records(
   config: DataConfig, report: Report | None = None, start: tuple[int, int] = (0, 0)
 ) -> Iterator[Record]:
   """All records of `config.data` in order, unusable ones too; both are counted in `report`.
 
-  Reading goes on at `start`, the (input, number) of a record, if `report` holds the counts of all
+  Reading goes on at `start`, the (input, index) of a record, if `report` holds the counts of all
   records before it. A caller may count further documents as skipped before it takes the next one.
   """
   report, fields = Report() if report is None else report, ()
-  for index, item in list(enumerate(find_inputs(config.data)))[start[0] :]:
-    first = start[1] if index == start[0] else 0
-    for record in read_input(item, index, config, report, first):
+  for place, item in list(enumerate(find_inputs(config.data)))[start[0] :]:
+    first = start[1] if place == start[0] else 0
+    for record in input_records(item, place, config, report, first):
       yield record
       fields = fields or tuple(record.value or ())
       if report.records >= 1000 and math.log10(report.records).is_integer():
@@ -138,17 +139,18 @@ def read_records(
     raise DataError(f"{', '.join(config.data)} holds no documents: the files are empty")
 
 
-def read_input(
-  item: _Input, index: int, config: DataConfig, report: Report, first: int = 0
+def input_records(
+  item: _Input, place: int, config: DataConfig, report: Report, first: int = 0
 ) -> Iterator[Record]:
-  """The records of one of find_inputs(), from the number `first` on, be they all unusable."""
-  for number, (value, original, read) in enumerate(_records(item, config, first), first):
+  """The records of one of find_inputs(), from the index `first` on, be they all unusable."""
+  records = _records(item, config.text_field, first)
+  for index, (number, value, original, read) in enumerate(records, first):
     report.records += 1
-    document = _document(value, item, number, config, report)
+    document = _document(value, item, index, config, report)
     if isinstance(document, str):
       report.skipped[document] = report.skipped.get(document, 0) + 1
     value = value if isinstance(value, dict) else None
-    yield Record(index, number, document, value, original, read)
+    yield Record(place, index, number, document, value, original, read)
 
 
 def split_of(text: str, config: DataConfig) -> tuple[str, int]:
@@ -219,40 +221,46 @@ def _documents(report: Report) -> int:
   return report.records - sum(report.skipped.values())
 
 
+def read_records(item: _Input, text_field: str = "text") -> Iterator[tuple[int, dict | str]]:
+  """The records of one input, each after its number from 1 (of JSONL: its line).
+
+  A string says why a record is unusable; a text file has its parts in `text_field`."""
+  return ((number, value) for number, value, _, _ in _records(item, text_field, 0))
+
+
 def _records(
-  item: _Input, config: DataConfig, first: int
-) -> Iterator[tuple[dict | str, Any, float]]:
-  """(value, original, read) of the records of one input; a string says why one is unusable."""
+  item: _Input, text_field: str, first: int
+) -> Iterator[tuple[int, dict | str, Any, float]]:
+  """Number, fields (or why there are none), original, share read: as in Record."""
   try:
     if item.kind == "hub":
-      for value in itertools.islice(_hub_records(item.path), first, None):
-        yield value, None, math.nan
+      for number, value in enumerate(itertools.islice(_hub_records(item.path), first, None), first):
+        yield number + 1, value, None, math.nan
     elif item.kind == "parquet":
       yield from _parquet_records(pa.parquet.ParquetFile(item.path), first)
     else:
       with open(item.path, "rb") as raw:
         compression = _COMPRESSED.get(Path(item.path).suffix)
         file = io.BufferedReader(pa.input_stream(raw, compression), 1 << 20)
-        if item.kind == "json":
-          values = _json_records(file, first)
-        else:
-          values = ((x, None) for x in itertools.islice(_text_records(file, config), first, None))
-        for value, original in values:
-          yield value, original, raw.tell() / max(item.stamp[0], 1)
+        texts = item.kind == "text"
+        records = _text_records(file, text_field) if texts else _json_lines(file)
+        for number, record in itertools.islice(records, first, None):
+          read = raw.tell() / max(item.stamp[0], 1)
+          yield number, *((record, None) if texts else (_parsed(record), record)), read
   except (OSError, pa.ArrowException) as error:
     raise DataError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
 
 
 def _parquet_records(
   file: pa.parquet.ParquetFile, first: int
-) -> Iterator[tuple[dict | str, Any, float]]:
+) -> Iterator[tuple[int, dict | str, Any, float]]:
   number, total = 0, max(file.metadata.num_rows, 1)
   for batch in file.iter_batches(batch_size=256):
     values = _rows(batch) if number + len(batch) > first else [{}] * len(batch)
     for row, value in enumerate(values):
       number += 1
       if number > first:
-        yield value, (batch, row), number / total
+        yield number, value, (batch, row), number / total
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict | str]:
@@ -264,21 +272,26 @@ def _rows(batch: pa.RecordBatch) -> list[dict | str]:
     return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
 
 
-def _json_records(file: io.BufferedReader, first: int) -> Iterator[tuple[dict | str, bytes]]:
-  lines = (x.removeprefix(b"\xef\xbb\xbf") if i == 0 else x for i, x in enumerate(file))
-  for line in itertools.islice(filter(None, map(bytes.strip, lines)), first, None):
-    try:
-      value = json.loads(line.decode("utf-8"))
-      yield (value if isinstance(value, dict) else "not a JSON object"), line
-    except UnicodeDecodeError:
-      yield "invalid UTF-8", line
-    except (ValueError, RecursionError):
-      yield "broken JSON", line
+def _json_lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+  for number, line in enumerate(file, 1):
+    line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    if line := line.strip():
+      yield number, line
 
 
-def _text_records(file: io.BufferedReader, config: DataConfig) -> Iterator[dict | str]:
+def _parsed(line: bytes) -> dict | str:
+  try:
+    record = json.loads(line.decode("utf-8"))
+    return record if isinstance(record, dict) else "not a JSON object"
+  except UnicodeDecodeError:
+    return "invalid UTF-8"
+  except (ValueError, RecursionError):
+    return "broken JSON"
+
+
+def _text_records(file: io.BufferedReader, text_field: str) -> Iterator[tuple[int, dict | str]]:
   reader = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
-  rest, more = "", True
+  number, rest, more = 0, "", True
   while more:
     block = reader.read(TEXT_FILE_CHARS)
     rest, more = rest + block, bool(block)
@@ -289,7 +302,8 @@ def _text_records(file: io.BufferedReader, config: DataConfig) -> Iterator[dict 
       part, rest = rest[:cut], rest[cut:]
       escaped = re.search("[\udc80-\udcff]", part)  # what the decoder made of invalid bytes
       if part.strip():
-        yield "invalid UTF-8" if escaped else {config.text_field: part}
+        number += 1
+        yield number, "invalid UTF-8" if escaped else {text_field: part}
 
 
 def _hub_records(name: str) -> Iterator[dict]:

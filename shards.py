@@ -63,6 +63,13 @@ def common_schema(schemas: list[pa.Schema]) -> pa.Schema:
     ) from None
 
 
+def file_schema(path: str) -> pa.Schema:
+  try:
+    return pa.parquet.read_schema(path)
+  except (OSError, pa.ArrowException) as error:
+    raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+
+
 def inferred_schema(records: list[Record]) -> pa.Schema:
   """Of records that are not rows of Parquet."""
   try:

@@ -226,7 +226,7 @@ def test_parquet_files_of_other_columns_and_bad_rows(job, tmp_path):
   assert result.column_names == ["text", "x", "y", *NEW]
   assert result["x"].to_pylist() == [*range(9), *range(10)] and result["x"].type == pa.int64()
   assert result["y"].to_pylist() == [None] * 9 + ["z"] * 10
-  reject = {"file": str(tmp_path / "a.parquet"), "record": 9}
+  reject = {"file": str(tmp_path / "a.parquet"), "record": 10}
   assert json.loads((output / "rejects.jsonl").read_text()) == reject | {
     "reason": "without a value in 'text'"
   }
@@ -615,7 +615,7 @@ def test_bad_records_are_listed_with_place_and_reason_and_stop_nothing(job, tmp_
   rejects = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
   assert rejects == [
     {"file": path, "record": number, "reason": reason}
-    for number, reason in zip([0, 1, 2, 43, 44, 45, 46], reasons, strict=True)
+    for number, reason in zip([1, 2, 3, 45, 46, 47, 48], reasons, strict=True)
   ]
   assert manifest(output)["records"] == 47
   assert manifest(output)["rejected"] == dict.fromkeys(reasons, 1)
