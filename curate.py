@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pyarrow as pa
 import tqdm
@@ -128,7 +129,7 @@ def open_job(config: Config, output: Path) -> Job:
   """Opens the rater and prepares the output folder.
 
   Raises:
-    UserError: no rater there; the folder holds another run or other things.
+    UserError, DataError: no rater there; nothing to read; the folder holds another run.
   """
   inputs = find_inputs(config.data)
   folder = output.resolve()
@@ -146,8 +147,13 @@ def open_job(config: Config, output: Path) -> Job:
   parquet = all(item.kind == "parquet" for item in inputs)
   digest = hashlib.blake2b(json.dumps([FORMAT, inputs]).encode(), digest_size=8).hexdigest()
   fingerprint = f"{digest} scored by {rater.fingerprint}"
+  format = config.format or ("parquet" if parquet else "jsonl")
+  job = Job(config, rater, inputs, reading, format)
+  if not (output / "config.json").exists():  # mistakes that show at once leave no folder behind
+    output_schema(job, [])
+    collections.deque(itertools.islice(corpus_records(reading), 1001), maxlen=0)
   open_workdir(output, config, fingerprint, flag="output")
-  return Job(config, rater, inputs, reading, config.format or ("parquet" if parquet else "jsonl"))
+  return job
 
 
 def curate(config: Config, output: Path) -> None:
@@ -157,7 +163,6 @@ def curate(config: Config, output: Path) -> None:
     unfinished.unlink()
   if not (output / "manifest.json").exists():
     stop = StopSignal()
-    output_schema(job, [])  # files that cannot become one table: before the scoring
     try:
       score(job, output, stop)
       write(job, output, stop)
@@ -192,7 +197,7 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
   if done and done[-1].about["next"] is None:
     return
   count = sum(len(shard.scores) for shard in done)
-  print(f"device {train.jax.devices()[0].device_kind}, {count} documents scored before")
+  print(f"device {jax.devices()[0].device_kind}, {count} documents scored before")
   bar = tqdm.tqdm(desc="scoring", initial=count, unit=" documents", smoothing=0.1)
   began, tokens_here = time.monotonic(), 0
   for number, (rows, coins, about) in enumerate(ahead(prepared(job, done)), len(done)):

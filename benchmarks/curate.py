@@ -21,6 +21,7 @@ import cpu
 
 cpu.keep_freed_memory()
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 
@@ -40,7 +41,7 @@ def main(_):
   logging.set_verbosity(logging.WARNING)
   rater = train.open_rater(FLAGS.rater)
   S = rater.config.sequence_length
-  print(f"rater {rater.config.rater}, S = {S}, {train.jax.devices()[0].device_kind}")
+  print(f"rater {rater.config.rater}, S = {S}, {jax.devices()[0].device_kind}")
   print(
     f"{'corpus':10} {'loop':10} {'documents/s':>12} {'tokens/s':>12} {'host s':>9} {'device s':>9}"
   )

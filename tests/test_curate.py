@@ -662,7 +662,22 @@ def test_mistakes_are_named_with_the_mend(flags, message, job, tmp_path):
     pytest.importorskip("apache_beam")
   path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in make_texts(20)])
   with pytest.raises((UserError, DataError), match=message):
-    job(path, **flags)
+    job(path, output=tmp_path / "out", **flags)
+  assert not (tmp_path / "out").exists() or "format" in flags  # nothing stands in a next one's way
+
+
+@pytest.mark.parametrize("runner", [None, "DirectRunner"])
+def test_files_that_cannot_be_read_are_named(runner, job, tmp_path):
+  if runner:
+    pytest.importorskip("apache_beam")
+  path = write_lines(tmp_path / "in.jsonl", [{"text": str(i)} for i in range(1100)])
+  (tmp_path / "plain.parquet").write_text("text")
+  with pytest.raises((UserError, DataError), match="plain.parquet cannot be read"):
+    job(tmp_path / "plain.parquet", runner=runner)
+  cut = gzip.compress(random.Random(0).randbytes(99_999))[:50_000]
+  (tmp_path / "z.jsonl.gz").write_bytes(cut)
+  with pytest.raises(DataError, match="z.jsonl.gz cannot be read to its end"):
+    job(path, tmp_path / "z.jsonl.gz", runner=runner, shard_records=500)
 
 
 def test_output_must_be_apart_from_the_input_and_empty(job, tmp_path):
