@@ -106,8 +106,7 @@ def main():
   logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   cpu.keep_freed_memory()
   if config.runner is None:
-    curate(config, output)
-    return
+    return curate(config, output)
   try:
     import curate_beam
   except ImportError as error:
@@ -151,7 +150,7 @@ def open_job(config: Config, output: Path) -> Job:
   job = Job(config, rater, inputs, reading, format)
   if not (output / "config.json").exists():  # mistakes that show at once leave no folder behind
     output_schema(job, [])
-    collections.deque(itertools.islice(corpus_records(reading), 1001), maxlen=0)
+    collections.deque(itertools.islice(checked(job, documents.Report()), 1001), maxlen=0)
   open_workdir(output, config, fingerprint, flag="output")
   return job
 
@@ -273,22 +272,25 @@ def chunks(job: Job, done: list[dict]) -> Iterator[tuple[list[Record], tuple[int
     for reject in itertools.chain.from_iterable(about["rejects"] for about in done):
       counts.skipped[reject["reason"]] += 1
 
-  def checked():
-    for record in corpus_records(job.reading, counts, tuple(place)):
-      reason = None
-      if not isinstance(record.document, str):
-        reason = shards.unwritable(record, job.format)
-      if reason:
-        counts.skipped[reason] += 1
-      yield record._replace(document=reason or record.document)
-
-  records = checked()
+  records = checked(job, counts, tuple(place))
   first = next(records, None)
   while first is not None:
     chunk = [first, *itertools.islice(records, job.config.shard_records - 1)]
     following = next(records, None)  # at the end the share of unusable records is judged
     yield chunk, following and following[:2]
     first = following
+
+
+def checked(
+  job: Job, counts: documents.Report, start: tuple[int, int] = (0, 0)
+) -> Iterator[Record]:
+  """The records from `start` on; those that cannot be written in the job's format are unusable."""
+  for record in corpus_records(job.reading, counts, start):
+    if not isinstance(record.document, str):
+      if reason := shards.unwritable(record, job.format):
+        counts.skipped[reason] += 1
+        record = record._replace(document=reason)
+    yield record
 
 
 def ahead(iterator: Iterator) -> Iterator:
