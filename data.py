@@ -202,7 +202,7 @@ def document_batches(
   pieces = (
     (index, piece)
     for index, _, tokens in _encoded(enumerate(documents), tokenizer)
-    for piece in _cut(tokens, sequence_length)
+    for piece in cut(tokens, sequence_length)
   )
   while chunk := list(itertools.islice(pieces, batch_size)):
     tokens = np.full((batch_size, sequence_length), tokenizer.pad, np.int32)
@@ -324,7 +324,7 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress
     for split, document, tokens in _encoded(documents, tokenizer):
       report.documents[split][document.source] += 1
       source = sources.setdefault(document.source, len(sources))
-      pieces = _cut(tokens, config.sequence_length)
+      pieces = cut(tokens, config.sequence_length)
       report.dropped_tokens += len(tokens) - sum(map(len, pieces))
       np.concatenate(pieces).tofile(files[split, "tokens"])
       rows = [(len(piece), source, document.noise) for piece in pieces]
@@ -378,7 +378,7 @@ def _encoded(
       yield key, document, tokens
 
 
-def _cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
+def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
   """Pieces of at most `length` tokens, less a short rest of a document of several pieces."""
   pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
   if len(pieces) > 1 and len(pieces[-1]) < min(MIN_REMAINDER, length // 2):

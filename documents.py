@@ -17,6 +17,7 @@ import dataclasses
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -98,25 +99,58 @@ class Report:
 
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
   """The documents of `config.data`, streamed; unusable records are counted in `report`."""
-  report = Report() if report is None else report
-  documents, fields = 0, ()
-  for item in find_inputs(config.data):
-    for number, (_, record) in enumerate(read_records(item, config.text_field)):
-      report.records += 1
-      document = _document(record, item, number, config, report)
-      if isinstance(document, str):
-        report.skipped[document] = report.skipped.get(document, 0) + 1
-      else:
-        documents += 1
-        yield document
-      fields = fields or (tuple(record) if isinstance(record, dict) else ())
-      if report.records == 1000:
-        _check_quality(config, report, fields)
-      if documents == config.max_documents:
+  for record in corpus_records(config, report):
+    if not isinstance(record.document, str):
+      yield record.document
+
+
+class Record(NamedTuple):
+  """A record as it was read."""
+
+  input: int  # its place in find_inputs(config.data)
+  index: int  # its place in that input, from 0; blank lines do not count
+  number: int  # the same from 1, of JSONL its line: for messages
+  document: Document | str  # a string says why there is none
+  value: dict | None  # its fields; None if they cannot be read
+  original: Any  # the line (bytes) of a JSON record, (Arrow batch, row) of Parquet, else None
+  read: float  # share of the input that is read so far; nan of the hub
+
+
+def corpus_records(
+  config: DataConfig, report: Report | None = None, start: tuple[int, int] = (0, 0)
+) -> Iterator[Record]:
+  """All records of `config.data` in order, unusable ones too; both are counted in `report`.
+
+  Reading goes on at `start`, the (input, index) of a record, if `report` holds the counts of all
+  records before it. A caller may count further documents as skipped before it takes the next one.
+  """
+  report, fields = Report() if report is None else report, ()
+  for place, item in list(enumerate(find_inputs(config.data)))[start[0] :]:
+    first = start[1] if place == start[0] else 0
+    for record in input_records(item, place, config, report, first):
+      yield record
+      fields = fields or tuple(record.value or ())
+      if report.records >= 1000 and math.log10(report.records).is_integer():
+        check_quality(config, report, fields)
+      if _documents(report) == config.max_documents:
         return
-  _check_quality(config, report, fields)
-  if not documents:
+  check_quality(config, report, fields)
+  if not _documents(report):
     raise DataError(f"{', '.join(config.data)} holds no documents: the files are empty")
+
+
+def input_records(
+  item: _Input, place: int, config: DataConfig, report: Report, first: int = 0
+) -> Iterator[Record]:
+  """The records of one of find_inputs(), from the index `first` on, be they all unusable."""
+  records = _records(item, config.text_field, first)
+  for index, (number, value, original, read) in enumerate(records, first):
+    report.records += 1
+    document = _document(value, item, index, config, report)
+    if isinstance(document, str):
+      report.skipped[document] = report.skipped.get(document, 0) + 1
+    value = value if isinstance(value, dict) else None
+    yield Record(place, index, number, document, value, original, read)
 
 
 def split_of(text: str, config: DataConfig) -> tuple[str, int]:
@@ -144,7 +178,7 @@ class _Input(NamedTuple):
 
 _KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json"}
 _KINDS |= {".parquet": "parquet", ".txt": "text", ".md": "text"}
-_COMPRESSED = (".gz", ".bz2", ".zst")
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
 def find_inputs(data: tuple[str, ...]) -> list[_Input]:
@@ -183,42 +217,81 @@ def _kind(path: Path) -> str | None:
   return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
+def _documents(report: Report) -> int:
+  return report.records - sum(report.skipped.values())
+
+
 def read_records(item: _Input, text_field: str = "text") -> Iterator[tuple[int, dict | str]]:
   """The records of one input, each after its number from 1 (of JSONL: its line).
 
   A string says why a record is unusable; a text file has its parts in `text_field`."""
+  return ((number, value) for number, value, _, _ in _records(item, text_field, 0))
+
+
+def _records(
+  item: _Input, text_field: str, first: int
+) -> Iterator[tuple[int, dict | str, Any, float]]:
+  """Number, fields (or why there are none), original, share read: as in Record."""
   try:
     if item.kind == "hub":
-      yield from enumerate(_hub_records(item.path), 1)
+      for number, value in enumerate(itertools.islice(_hub_records(item.path), first, None), first):
+        yield number + 1, value, None, math.nan
     elif item.kind == "parquet":
-      parts = pa.parquet.ParquetFile(item.path).iter_batches(batch_size=256)
-      yield from enumerate((row for part in parts for row in part.to_pylist()), 1)
+      yield from _parquet_records(pa.parquet.ParquetFile(item.path), first)
     else:
-      with pa.input_stream(item.path, compression="detect") as stream:
-        file = io.BufferedReader(stream, 1 << 20)
+      with open(item.path, "rb") as raw:
+        compression = _COMPRESSED.get(Path(item.path).suffix)
+        file = io.BufferedReader(pa.input_stream(raw, compression), 1 << 20)
         texts = item.kind == "text"
-        yield from enumerate(_text_records(file, text_field), 1) if texts else _json_records(file)
+        records = _text_records(file, text_field) if texts else _json_lines(file)
+        for number, record in itertools.islice(records, first, None):
+          read = raw.tell() / max(item.stamp[0], 1)
+          yield number, *((record, None) if texts else (_parsed(record), record)), read
   except (OSError, pa.ArrowException) as error:
     raise DataError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
 
 
-def _json_records(file: io.BufferedReader) -> Iterator[tuple[int, dict | str]]:
+def _parquet_records(
+  file: pa.parquet.ParquetFile, first: int
+) -> Iterator[tuple[int, dict | str, Any, float]]:
+  number, total = 0, max(file.metadata.num_rows, 1)
+  for batch in file.iter_batches(batch_size=256):
+    values = _rows(batch) if number + len(batch) > first else [{}] * len(batch)
+    for row, value in enumerate(values):
+      number += 1
+      if number > first:
+        yield number, value, (batch, row), number / total
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict | str]:
+  try:
+    return batch.to_pylist()
+  except (OverflowError, ValueError):  # a date of the year 20,000, say
+    if len(batch) == 1:
+      return ["a value that Python cannot hold"]
+    return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
+
+
+def _json_lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
   for number, line in enumerate(file, 1):
     line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line.decode("utf-8"))
-      yield number, record if isinstance(record, dict) else "not a JSON object"
-    except UnicodeDecodeError:
-      yield number, "invalid UTF-8"
-    except (ValueError, RecursionError):
-      yield number, "broken JSON"
+    if line := line.strip():
+      yield number, line
 
 
-def _text_records(file: io.BufferedReader, text_field: str) -> Iterator[dict | str]:
+def _parsed(line: bytes) -> dict | str:
+  try:
+    record = json.loads(line.decode("utf-8"))
+    return record if isinstance(record, dict) else "not a JSON object"
+  except UnicodeDecodeError:
+    return "invalid UTF-8"
+  except (ValueError, RecursionError):
+    return "broken JSON"
+
+
+def _text_records(file: io.BufferedReader, text_field: str) -> Iterator[tuple[int, dict | str]]:
   reader = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
-  rest, more = "", True
+  number, rest, more = 0, "", True
   while more:
     block = reader.read(TEXT_FILE_CHARS)
     rest, more = rest + block, bool(block)
@@ -229,7 +302,8 @@ def _text_records(file: io.BufferedReader, text_field: str) -> Iterator[dict | s
       part, rest = rest[:cut], rest[cut:]
       escaped = re.search("[\udc80-\udcff]", part)  # what the decoder made of invalid bytes
       if part.strip():
-        yield "invalid UTF-8" if escaped else {text_field: part}
+        number += 1
+        yield number, "invalid UTF-8" if escaped else {text_field: part}
 
 
 def _hub_records(name: str) -> Iterator[dict]:
@@ -281,7 +355,8 @@ def _field(record: dict, name: str) -> Any:
   return record
 
 
-def _check_quality(config: DataConfig, report: Report, fields: tuple[str, ...]) -> None:
+def check_quality(config: DataConfig, report: Report, fields: tuple[str, ...]) -> None:
+  """Raises DataError if no record has a text, or too many are unusable."""
   missing = report.skipped.get(f"without a value in {config.text_field!r}", 0)
   if report.records and missing == report.records:
     raise DataError(

@@ -15,8 +15,12 @@ from cli import UserError, check
 State = TypeVar("State", bound=NamedTuple)
 
 
-def open_workdir(workdir: Path, config: Any, corpus_fingerprint: str) -> None:
-  """Writes config.json into a new workdir; refuses a workdir of another configuration."""
+def open_workdir(
+  workdir: Path, config: Any, corpus_fingerprint: str, flag: str = "workdir"
+) -> None:
+  """Writes config.json into a new workdir; refuses a workdir of another configuration.
+
+  `flag` is the one that names the folder. What a kill left of an unfinished file does not count."""
   path = workdir / "config.json"
   mine = json.loads(json.dumps({"config": vars(config), "corpus": corpus_fingerprint}))
   if path.exists():
@@ -25,7 +29,7 @@ def open_workdir(workdir: Path, config: Any, corpus_fingerprint: str) -> None:
       before, now = saved["config"] | {"corpus": saved["corpus"]}, mine["config"]
     except (ValueError, KeyError, TypeError):
       raise UserError(
-        f"{path} is not readable as a run's configuration: use another --workdir"
+        f"{path} is not readable as a run's configuration: use another --{flag}"
       ) from None
     now = now | {"corpus": corpus_fingerprint}
     changed = [
@@ -34,14 +38,15 @@ def open_workdir(workdir: Path, config: Any, corpus_fingerprint: str) -> None:
     check(
       not changed,
       f"{workdir} holds a run of another configuration ({'; '.join(changed)}): "
-      "use another --workdir, or the same flags and data",
+      f"use another --{flag}, or the same flags and data",
     )
     return
   other = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
+  other = [name for name in other if not name.startswith(".writing-")]
   check(
     not other, f"{workdir} is neither empty nor a run ({other[0] if other else ''}): use another"
   )
-  check(not workdir.exists() or workdir.is_dir(), f"--workdir={workdir} is a file")
+  check(not workdir.exists() or workdir.is_dir(), f"--{flag}={workdir} is a file")
   workdir.mkdir(parents=True, exist_ok=True)
   report.write_atomically(path, lambda f: f.write(json.dumps(mine, indent=1).encode()))
 

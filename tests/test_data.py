@@ -16,6 +16,7 @@ import tokenizers
 import zstandard
 
 import data
+import documents
 from data import DataConfig, DataError, Document
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron".split()
@@ -90,6 +91,45 @@ def test_unusable_records_are_skipped_with_reasons(tmp_path):
   }
   with pytest.raises(DataError, match=r"10 of 100 records.*broken JSON.*max_bad_fraction"):
     _read(path, max_bad_fraction=0.05)
+
+
+def test_records_can_be_read_from_any_place_on_and_tell_how_far_they_are(tmp_path):
+  good = [{"text": t, "id": i} for i, t in enumerate(_texts(20))]
+  lines = [json.dumps(x).encode() for x in good]
+  (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n\n".join([b"{", *lines[:9], b"[]"])))
+  pa.parquet.write_table(pa.Table.from_pylist([*good[9:], {"text": None}]), tmp_path / "b.parquet")
+  (tmp_path / "c.txt").write_text("words of a line\n" * 2000)
+  names = [str(tmp_path / name) for name in ("a.jsonl.gz", "b.parquet", "c.txt")]
+  config = _config(*names, max_bad_fraction=0.2)
+  whole = list(documents.corpus_records(config))
+  places = [record[:2] for record in whole]
+  assert places == [(0, i) for i in range(11)] + [(1, i) for i in range(12)] + [
+    (2, i) for i in range(5)
+  ]
+  assert [record.original for record in whole[:2]] == [b"{", lines[0]]
+  assert [isinstance(record.document, str) for record in whole].count(True) == 3
+  for record, following in zip(whole, [*whole[1:], None], strict=True):
+    assert 0 < record.read <= 1
+    if following is None or following.input != record.input:
+      assert record.read == 1
+  assert [record.number for record in whole[:12]] == [*range(1, 22, 2), 1]
+  facts = lambda records: repr([(*r[:5], type(r.original)) for r in records])
+  for start in range(len(whole)):
+    bad = sum(isinstance(record.document, str) for record in whole[:start])
+    report = data.Report(start, {"before": bad} if bad else {})
+    rest = list(documents.corpus_records(config, report, places[start]))
+    assert facts(rest) == facts(whole[start:])
+    assert report.records == len(whole) and sum(report.skipped.values()) == 3
+
+
+def test_a_parquet_row_that_python_cannot_hold_is_skipped_alone(tmp_path):
+  times = pa.array([0, 2**50, 0, 5], pa.timestamp("ms"))
+  pa.parquet.write_table(
+    pa.table({"text": ["a", "b", "c", "d"], "t": times}), tmp_path / "t.parquet"
+  )
+  read, report = _read(str(tmp_path / "t.parquet"), max_bad_fraction=0.5)
+  assert [document.text for document in read] == ["a", "c", "d"]
+  assert report.skipped == {"a value that Python cannot hold": 1}
 
 
 def test_bad_file_stops_after_a_thousand_records(tmp_path):

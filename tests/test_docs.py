@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_files_of_the_layout_and_figures_exist():
   layout = README.split("## Layout")[1].split("```")[1]
-  names = [line.split()[0] for line in layout.strip().splitlines()]
+  names = [line.split()[0] for line in layout.splitlines() if line]
   names += re.findall(r"!\[.*?\]\((.*?)\)", README)
   assert len(names) > 10
   assert [name for name in names if not (ROOT / name).exists()] == []

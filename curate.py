@@ -1,0 +1,400 @@
+"""Scores a corpus with a trained rater and marks what to keep: the paper's filtering.
+
+  python curate.py --rater=runs/mine --data='texts/*.jsonl.gz' --output=curated --discard=0.5
+  python curate.py --rater=runs/mine --data=crawl.parquet --output=curated --discard=0.5 \\
+    --selection=top_k --batch_size=256
+  python curate.py --rater=runs/mine --data=crawl.parquet --output=scored --score_only
+
+The output has the records of the input, in order, in files part-00000.jsonl (or .parquet), ...:
+every field as it was, then datarater_score phi_eta(x), datarater_quantile F(phi(x)), the share of
+documents with a score <= this one, and datarater_keep. manifest.json tells what was done,
+rejects.jsonl which records are not there (numbers from 1; of JSONL, the line) and why.
+
+Selection, with B = --batch_size, the oversampled batch, and K = round((1 - discard) B):
+  pointwise  a document is kept if a coin, a hash of (--seed, its text), falls below P_accept of its
+             quantile. Any split of the work keeps the same documents; copies share their fate.
+  top_k      all documents are permuted and cut into batches of B; each keeps its best K.
+
+Started again with the same command it goes on where it stopped, and the output is the same bytes.
+--data=demo is the demo corpus as it is, without the corruption that train.py adds. With --runner it
+is an Apache Beam pipeline: curate_beam.py.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+import tqdm
+from absl import flags, logging
+
+import cli
+import cpu
+import data
+import documents
+import report
+import scoring
+import shards
+import train
+from cli import check, option
+from documents import Record, corpus_records, find_inputs
+from workdir import StopSignal, open_workdir
+
+FORMAT = 1  # of the output; raise it when what is written changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All that determines the output. Every field is a flag."""
+
+  rater: str | None = option(None, "workdir of train.py whose rater scores")
+  data: tuple[str, ...] = option((), "what to curate, as in train.py: files, globs, hf:NAME, demo")
+  discard: float | None = option(None, "share of the documents to drop, in [0, 1)")
+  selection: str = option("pointwise", "pointwise: P_accept(F(score)); top_k: the best of a batch")
+  batch_size: int = option(256, "B, documents in the batch that the selection acts on or emulates")
+  score_only: bool = option(False, "scores and quantiles, no datarater_keep")
+  seed: int = option(0, "of the coins and of the order of top_k")
+  format: str | None = option(
+    None, "jsonl or parquet; default parquet if all inputs are, else jsonl"
+  )
+  text_field: str | None = option(
+    None, "field of a record that holds its text; default the rater's"
+  )
+  max_documents: int | None = option(None, "read so many documents at most")
+  max_bad_fraction: float = option(0.1, "share of unusable records beyond which the run stops")
+  shard_records: int = option(
+    4096, "records of the input for an output file; the grain of a restart"
+  )
+  score_batch: int = option(64, "sequences of full length scored at once; more if shorter")
+  runner: str | None = option(None, "of Apache Beam: DirectRunner, Dataflow, Flink, Spark, ...")
+  beam_options: tuple[str, ...] = option((), "further flags of that runner: --project=x,--region=y")
+
+  def __post_init__(self):
+    check(self.rater is not None, "name the workdir of a trained rater with --rater")
+    check(len(self.data) > 0, "name what to curate with --data")
+    for name in ("batch_size", "shard_records", "score_batch"):
+      check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
+    for name, choices in (("selection", ("pointwise", "top_k")), ("format", shards.FORMATS)):
+      value = getattr(self, name)
+      check(
+        value is None or value in choices,
+        f"--{name}={value} is unknown: choose one of {', '.join(choices)}",
+      )
+    if self.score_only:
+      return
+    check(self.discard is not None, "give the share to drop with --discard=0.5, or --score_only")
+    check(0 <= self.discard < 1, f"--discard={self.discard} must lie in [0, 1)")
+    keep = round((1 - self.discard) * self.batch_size)
+    check(keep >= 1, f"--discard={self.discard} keeps none of a batch of {self.batch_size}")
+    check(self.batch_size <= 2**20, f"--batch_size={self.batch_size} must be at most 2^20")
+
+
+def main():
+  check(flags.FLAGS.output is not None, "name a folder for the result with --output")
+  config, output = cli.config_from_flags(Config), Path(flags.FLAGS.output)
+  logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+  cpu.keep_freed_memory()
+  if config.runner is None:
+    return curate(config, output)
+  try:
+    import curate_beam
+  except ImportError as error:
+    raise cli.UserError(f"--runner needs Apache Beam ({error}): pip install -e '.[beam]'") from None
+  curate_beam.curate(config, output)
+
+
+class Job(NamedTuple):
+  """A configuration with what it names."""
+
+  config: Config
+  rater: train.TrainedRater
+  inputs: list  # find_inputs(config.data)
+  reading: data.DataConfig
+  format: str
+
+
+def open_job(config: Config, output: Path) -> Job:
+  """Opens the rater and prepares the output folder.
+
+  Raises:
+    UserError, DataError: no rater there; nothing to read; the folder holds another run.
+  """
+  inputs = find_inputs(config.data)
+  folder = output.resolve()
+  for path in map(Path, (*config.data, *(item.path for item in inputs))):
+    apart = not (path.is_dir() and folder.is_relative_to(path.resolve()))
+    apart = apart and not path.resolve().is_relative_to(folder)
+    check(apart, f"--output={output} and the input {path} overlap: name a folder apart from it")
+  rater = train.open_rater(config.rater)
+  reading = data.DataConfig(
+    data=config.data,
+    text_field=config.text_field or rater.config.text_field,
+    max_documents=config.max_documents,
+    max_bad_fraction=config.max_bad_fraction,
+  )
+  parquet = all(item.kind == "parquet" for item in inputs)
+  digest = hashlib.blake2b(json.dumps([FORMAT, inputs]).encode(), digest_size=8).hexdigest()
+  fingerprint = f"{digest} scored by {rater.fingerprint}"
+  format = config.format or ("parquet" if parquet else "jsonl")
+  job = Job(config, rater, inputs, reading, format)
+  if not (output / "config.json").exists():  # mistakes that show at once leave no folder behind
+    output_schema(job, [])
+    collections.deque(itertools.islice(checked(job, documents.Report()), 1001), maxlen=0)
+  open_workdir(output, config, fingerprint, flag="output")
+  return job
+
+
+def curate(config: Config, output: Path) -> None:
+  """Scores, selects and writes, from where an earlier call was interrupted."""
+  job = open_job(config, output)
+  for unfinished in output.rglob(".writing-*"):
+    unfinished.unlink()
+  if not (output / "manifest.json").exists():
+    stop = StopSignal()
+    try:
+      score(job, output, stop)
+      write(job, output, stop)
+    except Stopped:
+      print("stopped: start again to go on", flush=True)
+      return
+  shutil.rmtree(output / "scores", ignore_errors=True)
+  print(shards.summary(json.loads((output / "manifest.json").read_text())), flush=True)
+
+
+class Stopped(Exception):
+  """SIGTERM or Ctrl-C came; what is written so far is of use to the next call."""
+
+
+# First pass: the scores of every `shard_records` records, in scores/00000.npz, ...
+
+
+class Scored(NamedTuple):
+  """A shard of the input, scored."""
+
+  scores: np.ndarray  # [documents] float32
+  coins: np.ndarray  # [documents] float64
+  about: dict[str, Any]  # see `prepared`
+
+
+def score(job: Job, output: Path, stop: StopSignal) -> None:
+  """Scores what is not scored yet. The documents of a batch are all of one shard, so that scores
+  don't depend on where a run was interrupted."""
+  folder = output / "scores"
+  folder.mkdir(exist_ok=True)
+  done = scored(output)
+  if done and done[-1].about["next"] is None:
+    return
+  count = sum(len(shard.scores) for shard in done)
+  print(f"device {jax.devices()[0].device_kind}, {count} documents scored before")
+  bar = tqdm.tqdm(desc="scoring", initial=count, unit=" documents", smoothing=0.1)
+  began, tokens_here = time.monotonic(), 0
+  for number, (rows, coins, about) in enumerate(ahead(prepared(job, done)), len(done)):
+    tokens = 0
+
+    def progress(batch, total=about["tokens"], count=count, documents=len(coins)):
+      nonlocal tokens, tokens_here
+      tokens, tokens_here = (x + int(batch.tokens.sum()) for x in (tokens, tokens_here))
+      rate = tokens_here / (time.monotonic() - began)
+      bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+      bar.update(count + documents * tokens // total - bar.n)
+      if stop.requested:
+        raise Stopped
+
+    if about["read"]:  # an estimate; of the hub, not even that
+      total = round((count + len(coins)) / about["read"])
+      bar.total = min(total, job.config.max_documents or total)
+    scores = scoring.score(job.rater, rows, len(coins), progress)
+    check(
+      bool(np.isfinite(scores).all()),
+      f"the rater of {job.config.rater} gives scores that are not finite: its training diverged",
+    )
+    contents = {"scores": scores, "coins": coins, "about": np.array(json.dumps(about))}
+    report.write_atomically(folder / f"{number:05d}.npz", lambda f, c=contents: np.savez(f, **c))
+    count += len(coins)
+  bar.close()
+
+
+def scored(output: Path) -> list[Scored]:
+  shards = []
+  for path in sorted((output / "scores").glob("*.npz"), key=lambda path: int(path.stem)):
+    with np.load(path) as file:
+      shards.append(Scored(file["scores"], file["coins"], json.loads(str(file["about"]))))
+  return shards
+
+
+def prepared(job: Job, done: list[Scored]) -> Iterator[tuple[list[scoring.Rows], np.ndarray, dict]]:
+  """The batches, coins and facts of the shards after those that are done."""
+  rater, config = job.rater, job.config
+  sizes = [item.stamp[0] for item in job.inputs]
+  for records, following in chunks(job, [shard.about for shard in done]):
+    usable = [record for record in records if not isinstance(record.document, str)]
+    texts = [record.document.text for record in usable]
+    rows = scoring.batches(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
+    coins = np.array([scoring.coin(config.seed, text) for text in texts])
+    end = records[-1]
+    read = (sum(sizes[: end.input]) + sizes[end.input] * end.read) / max(sum(sizes), 1)
+    inferred = [record for record in usable if not isinstance(record.original, tuple)]
+    schema = None
+    if job.format == "parquet" and inferred:
+      schema = shards.inferred_schema(inferred).serialize().to_pybytes().hex()
+    rejects = [
+      {"file": job.inputs[x.input].path, "record": x.number, "reason": x.document}
+      for x in records
+      if isinstance(x.document, str)
+    ]
+    about = {
+      "next": following,  # (input, index) of the record after it; None: there is none
+      "records": len(records),
+      "rejects": rejects,
+      "tokens": sum(int(batch.tokens.sum()) for batch in rows),
+      "read": 0 if math.isnan(read) else read,  # share of all input files up to the shard's end
+      "schema": schema,
+    }
+    yield rows, coins, about
+
+
+def chunks(job: Job, done: list[dict]) -> Iterator[tuple[list[Record], tuple[int, int] | None]]:
+  """The shards of the input after those `done`: (records, place of the record that follows)."""
+  counts, place = documents.Report(), (0, 0)
+  if done:
+    counts.records, place = sum(about["records"] for about in done), done[-1]["next"]
+    for reject in itertools.chain.from_iterable(about["rejects"] for about in done):
+      counts.skipped[reject["reason"]] += 1
+
+  records = checked(job, counts, tuple(place))
+  first = next(records, None)
+  while first is not None:
+    chunk = [first, *itertools.islice(records, job.config.shard_records - 1)]
+    following = next(records, None)  # at the end the share of unusable records is judged
+    yield chunk, following and following[:2]
+    first = following
+
+
+def checked(
+  job: Job, counts: documents.Report, start: tuple[int, int] = (0, 0)
+) -> Iterator[Record]:
+  """The records from `start` on; those that cannot be written in the job's format are unusable."""
+  for record in corpus_records(job.reading, counts, start):
+    if not isinstance(record.document, str):
+      if reason := shards.unwritable(record, job.format):
+        counts.skipped[reason] += 1
+        record = record._replace(document=reason)
+    yield record
+
+
+def ahead(iterator: Iterator) -> Iterator:
+  """The same items; a thread makes the next one while one is used."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    future = pool.submit(next, iterator, None)
+    while (item := future.result()) is not None:
+      future = pool.submit(next, iterator, None)
+      yield item
+
+
+# Second pass: selection, then the records with their fields.
+
+
+def write(job: Job, output: Path, stop: StopSignal) -> None:
+  """Writes the parts that are not there yet, the rejects, then the manifest."""
+  done = scored(output)
+  scores, coins = (np.concatenate([shard[i] for shard in done]) for i in (0, 1))
+  ends = np.cumsum([len(shard.scores) for shard in done])
+  ordered = np.sort(scores)
+  columns = dict(zip(shards.FIELDS, select(job.config, scores, coins, ordered), strict=False))
+  if (tied := np.unique(ordered, return_counts=True)[1].max()) > max(1, len(ordered) / 100):
+    print(f"note: {tied} of {len(ordered)} documents have one score: selected by it, all are alike")
+  schema = output_schema(job, done)
+  paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]
+  parts = [
+    {name: values[end - len(shard.scores) : end] for name, values in columns.items()}
+    for shard, end in zip(done, ends, strict=True)
+  ]
+  written = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
+  bar = tqdm.tqdm(desc="writing", total=len(scores), initial=int(([0, *ends])[written]))
+  rest = chunks(job, [shard.about for shard in done[:written]]) if written < len(paths) else ()
+  for i, (records, _) in enumerate(rest, written):
+    records = [record for record in records if not isinstance(record.document, str)]
+    check(
+      i < len(done) and len(records) == len(done[i].scores),
+      f"{', '.join(job.config.data)} changed while it was read: start afresh with another --output",
+    )
+    shards.write(paths[i], records, parts[i], schema)
+    bar.update(len(records))
+    if stop.requested:
+      raise Stopped
+  bar.close()
+  rejects = [reject for shard in done for reject in shard.about["rejects"]]
+  lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
+  report.write_atomically(output / "rejects.jsonl", lambda file: file.write(lines.encode()))
+  files = [
+    {"file": path.name} | shards.counts(columns) for path, columns in zip(paths, parts, strict=True)
+  ]
+  reasons = collections.Counter(reject["reason"] for reject in rejects)
+  tokens = sum(shard.about["tokens"] for shard in done)
+  manifest = {"records": sum(shard.about["records"] for shard in done)} | shards.counts(columns)
+  manifest |= {"tokens": tokens, "rejected": reasons, "files": files} | origin(job)
+  shards.write_manifest(output, manifest | {"cdf": shards.cdf(ordered)})
+
+
+def select(config: Config, scores, coins, ordered) -> tuple[np.ndarray, ...]:
+  """The new fields of the documents [n]: score, quantile and, unless --score_only, whether kept."""
+  quantiles = scoring.quantiles(scores, ordered)
+  if config.score_only:
+    return scores, quantiles
+  if config.selection == "top_k":
+    return scores, quantiles, scoring.top_k(scores, config.batch_size, config.discard, config.seed)
+  return scores, quantiles, scoring.accepted(quantiles, coins, config.batch_size, config.discard)
+
+
+def output_schema(job: Job, done: list[Scored]) -> pa.Schema | None:
+  """The columns of the input, if the output is Parquet."""
+  if job.format == "jsonl":
+    return None
+  found = [shards.file_schema(item.path) for item in job.inputs if item.kind == "parquet"]
+  hexes = dict.fromkeys(shard.about["schema"] for shard in done if shard.about["schema"])
+  found += [pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(x))) for x in hexes]
+  return shards.common_schema(found)
+
+
+def origin(job: Job) -> dict[str, Any]:
+  """What the output was made from and how, for the manifest."""
+  config, rater = job.config, job.rater
+  names = () if config.score_only else ("selection", "discard", "batch_size", "seed")
+  rule = {name: getattr(config, name) for name in names}
+  if rule:
+    rule["keep_of_batch"] = round((1 - config.discard) * config.batch_size)
+  return {
+    "format": FORMAT,
+    "data": config.data,
+    "inputs": [{"file": item.path, "bytes": item.stamp[0]} for item in job.inputs],
+    "selection": rule or "score_only",
+    "rater": {
+      "workdir": config.rater,
+      "fingerprint": rater.fingerprint,
+      "size": rater.config.rater,
+      "parameters": rater.parameters,
+      "sequence_length": rater.config.sequence_length,
+    },
+    "tokenizer": {
+      "name": rater.config.tokenizer,
+      "fingerprint": rater.tokenizer.fingerprint,
+      "entries": rater.tokenizer.vocab_size,
+    },
+  }
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("output", None, "folder of the result; one that was interrupted is resumed")
+  cli.define_flags(Config)
+  cli.run(main)
