@@ -241,13 +241,9 @@ def _plot_sweep(sweep: dict, model: str):
   for name in ("selection", "validation"):
     rhos = sorted(sweep[name], key=float)
     values = np.array([sweep[name][rho] for rho in rhos])
-    x = np.array(rhos, float)
-    axis.errorbar(
-      x, values.mean(1), [values.mean(1) - values.min(1), values.max(1) - values.mean(1)],
-      marker="o", markersize=3, capsize=2, linewidth=1, label=name,
-    )  # fmt: skip
+    axis.plot(np.array(rhos, float), values.mean(1), marker="o", label=name)
   axis.set_xlabel("discard fraction")
   axis.set_ylabel("nats a token at the end")
-  axis.set_title(f"{model}, range over seeds", fontsize=10)
+  axis.set_title(model, fontsize=10)
   axis.legend(fontsize=8)
   return figure

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = "--sweep_discard=0.1,0.25,0.5,0.75,0.9"
-MINI_STEPS = 1500  # 7.2 tokens a parameter: Chinchilla's 20 would take an hour more
+MINI_STEPS = 1000  # 5 tokens a parameter: Chinchilla's 20 would take an hour more
 
 
 def main():
@@ -40,7 +40,13 @@ def main():
   evaluate = ["evaluate.py", jobs, f"--rater={folder}/rater"]
   stage("tiny models", [*evaluate, f"--workdir={folder}/tiny", SWEEP])
   rho = results(folder / "tiny")["models"]["tiny"]["datarater"]["discard"]
-  flags = ["--models=mini", f"--steps={MINI_STEPS}", "--scorer=tiny", f"--discard={rho}"]
+  flags = [
+    "--models=mini",
+    f"--steps={MINI_STEPS}",
+    "--evaluations=10",
+    "--scorer=tiny",
+    f"--discard={rho}",
+  ]
   stage("mini models", [*evaluate, f"--workdir={folder}/mini", *flags])
   clean = ["evaluate.py", jobs, f"--rater={folder}/rater_clean", f"--workdir={folder}/clean"]
   stage("tiny models, uncorrupted", [*clean, SWEEP])
