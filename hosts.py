@@ -113,11 +113,11 @@ def _report(error: BaseException) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   traceback.print_exception(error)
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    print(
-      f"error: process {jax.process_index()} of {jax.process_count()} cannot go on "
-      f"({str(error).splitlines()[0][:200]}): if another host has died, see its output; start all "
-      "of them again with the same --workdir, to go on from its last checkpoint",
-      file=sys.stderr,
-    )
+  # The collectives' errors come as several types: a lost host cannot be told from other failures.
+  print(
+    f"error: process {jax.process_index()} of {jax.process_count()} cannot go on "
+    f"({str(error).splitlines()[:1]}): if another host has died, see its output; start all of "
+    "them again with the same --workdir, to go on from its last checkpoint",
+    file=sys.stderr,
+  )
   return 1
