@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cli import UserError, check
-from documents import DataError
+from documents import DataError, one_line
 
 
 def start(
@@ -116,7 +116,7 @@ def _report(error: BaseException) -> int:
   # The collectives' errors come as several types: a lost host cannot be told from other failures.
   print(
     f"error: process {jax.process_index()} of {jax.process_count()} cannot go on "
-    f"({str(error).splitlines()[:1]}): if another host has died, see its output; start all of "
+    f"({one_line(error)}): if another host has died, see its output; start all of "
     "them again with the same --workdir, to go on from its last checkpoint",
     file=sys.stderr,
   )
