@@ -53,6 +53,11 @@ def start_hosts(start, workdir):
   return [start(workdir, coordinator, *more, f"--process_id={i}") for i in range(2)]
 
 
+def latest(workdir):
+  names = [p.name for p in (workdir / "checkpoints").glob("*")]
+  return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def state_and_metrics(workdir):
   path = workdir / "checkpoints" / "120" / "default"
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -69,11 +74,7 @@ def state_and_metrics(workdir):
 def test_two_hosts_with_deaths_between_are_one_run(start, tmp_path, monkeypatch):
   for dies, after in ((1, 8), (0, 40)):
     both = start_hosts(start, "two")
-    folder = tmp_path / "two" / "checkpoints"
-    written = lambda: [int(p.name) for p in folder.glob("*") if p.name.isdecimal()]
-    jobs.wait_until(
-      lambda written=written, after=after: max(written(), default=0) >= after, both[0]
-    )
+    jobs.wait_until(lambda after=after: latest(tmp_path / "two") >= after, both[0])
     assert both[dies].poll() is None, both[dies].communicate()[1]
     both[dies].send_signal(signal.SIGKILL)
     died = time.monotonic()
