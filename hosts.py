@@ -12,6 +12,7 @@ and the leader (process 0) writes metrics and reports. If one dies all others st
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cli import check
+from cli import UserError, check
+from documents import DataError, one_line
 
 
 def start(
@@ -93,18 +95,29 @@ def any_host(flag: bool) -> bool:
 
 @contextlib.contextmanager
 def stop_together() -> Iterator[None]:
-  """A host whose collectives fail says so and ends at once, and does not wait for the dead."""
+  """A host that fails says why and ends at once: JAX's own end would wait for all hosts, and they
+  for this one. The others then fail in turn, by their collectives or the missing heartbeat."""
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
+  except BaseException as error:
     if jax.process_count() == 1:
       raise
-    print(
-      f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: another host "
-      f"has died or cannot be reached ({str(error).splitlines()[0][:200]}): see the other hosts' "
-      "output, then start all of them again with the same --workdir, to go on from its last "
-      "checkpoint",
-      file=sys.stderr,
-      flush=True,
-    )
-    os._exit(3)  # without JAX's own end, which waits for all hosts
+    status = _report(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _report(error: BaseException) -> int:
+  if isinstance(error, (UserError, DataError)):
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  traceback.print_exception(error)
+  # The collectives' errors come as several types: a lost host cannot be told from other failures.
+  print(
+    f"error: process {jax.process_index()} of {jax.process_count()} cannot go on "
+    f"({one_line(error)}): if another host has died, see its output; start all of "
+    "them again with the same --workdir, to go on from its last checkpoint",
+    file=sys.stderr,
+  )
+  return 1

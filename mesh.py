@@ -48,16 +48,17 @@ def make_mesh(spec: str | None, n_models: int, devices: Sequence[Any] | None = N
     sizes["population"] = math.gcd(max(rest, 1), n_models)
   population = sizes["population"]
   data = sizes.setdefault("data", max(count // population, 1))
+  size = population * data
   check(
-    population * data == count,
-    f"--mesh=population={population},data={data} takes {population * data} devices, {count} are "
-    "visible: let the product be their number",
+    size == count or size < count and jax.process_count() == 1,
+    f"--mesh=population={population},data={data} takes {size} devices, {count} are visible: let "
+    "the product be their number, or on one host less",
   )
   check(
     n_models % population == 0,
     f"--mesh=population={population} does not divide --n_models={n_models}",
   )
-  return jax.make_mesh((population, data), AXES, (AxisType.Auto,) * 2, devices=devices)
+  return jax.make_mesh((population, data), AXES, (AxisType.Auto,) * 2, devices=devices[:size])
 
 
 def shards(axis: str) -> int:

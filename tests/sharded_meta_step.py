@@ -173,11 +173,11 @@ def layout():
   assert [default(n) for n in (8, 6, 4, 5, 16)] == [(8, 1), (2, 4), (4, 2), (1, 8), (8, 1)]
   assert tuple(mesh.make_mesh("data=4", 4).shape.items()) == (("population", 2), ("data", 4))
   assert tuple(mesh.make_mesh("population=2", 4).shape.values()) == (2, 4)
+  assert mesh.make_mesh("population=1,data=3", 4).size == 3  # of the eight
   for spec, n_models, mend in (
-    ("population=2,data=2", 4, "takes 4 devices, 8 are visible"),
-    ("population=3", 6, "8 are visible"),
+    ("population=4,data=4", 4, "takes 16 devices, 8 are visible"),
+    ("data=9", 4, "takes 9 devices"),
     ("population=8", 4, "does not divide --n_models=4"),
-    ("data=3", 4, "8 are visible"),
     ("rows=8", 4, "write it like population=2,data=4"),
     ("data=", 4, "write it like"),
     ("data=0", 4, "write it like"),
