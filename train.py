@@ -74,6 +74,9 @@ class Config:
   mode: str = option(
     "mixed_save", "mixed (least memory), mixed_save (fast on CPUs), reverse, first_order (ablation)"
   )
+  microbatches: int = option(
+    1, "parts of an inner and of an outer batch, formed in turn: less memory, the same result"
+  )
   inner_learning_rate: float = option(3e-3, "of the inner AdamW")
   inner_warmup: int = option(0, "inner updates of linear warm-up after each re-initialisation")
   inner_weight_decay: float = option(0.0, "decoupled, of the inner AdamW")
@@ -90,6 +93,11 @@ class Config:
   def __post_init__(self):
     for name in ("meta_steps", "n_models", "inner_steps", "inner_batch", "outer_batch", "lifetime"):
       check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
+    for name in ("inner_batch", "outer_batch"):
+      check(
+        self.microbatches >= 1 and getattr(self, name) % self.microbatches == 0,
+        f"--{name}={getattr(self, name)} must be a multiple of --microbatches={self.microbatches}",
+      )
     m, n = self.members_per_step, self.n_models
     check(m is None or 1 <= m <= n, f"--members_per_step={m} must lie in 1..--n_models={n}")
     for name in ("meta_steps", "checkpoint_every"):
@@ -250,9 +258,10 @@ def build(config: Config, vocab_size: int):
   """The bilevel problem, Theta, H and the population's settings, from a configuration."""
   model_config = transformer.preset(config.model, vocab_size, dtype=config.dtype)
   problem = meta_step.datarater_problem(
-    transformer.language_model(model_config, config.loss_backend),
+    transformer.language_model(model_config, config.loss_backend, config.microbatches),
     make_rater(config, vocab_size),
-    remat=model_config.remat,
+    model_config.remat,
+    config.microbatches,
   )
   inner_optimizer = meta_step.inner_adamw(
     config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay
