@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 import inner_loop
+import mesh
 from datarater import Rater, batch_weights
 from transformer import Batch, LanguageModel, merge_batch, split_batch
 
@@ -115,13 +116,18 @@ def init(key, eta, problem: Problem, inner_optimizer, meta_optimizer, config: Me
   """The state before the first meta-step: eta as given, N freshly initialised inner models."""
   N = config.n_models
 
-  def member(i):
-    return inner_loop.init(inner_optimizer, problem.init_inner(_key(key, 0, i)))
+  def members(eta, ids):
+    def member(i):
+      inner = inner_loop.init(inner_optimizer, problem.init_inner(_key(key, 0, i)))
+      return inner, meta_optimizer.init(eta)
 
+    return jax.lax.map(member, ids), ()
+
+  (inner, meta_opt), _ = mesh.over_population(members)(eta, jnp.arange(N))
   return MetaState(
     eta=eta,
-    meta_opt=jax.lax.map(lambda _: meta_optimizer.init(eta), jnp.arange(N)),
-    inner=jax.lax.map(member, jnp.arange(N)),
+    meta_opt=meta_opt,
+    inner=inner,
     age=jnp.zeros(N, jnp.int32),
     until_reset=config.lifetime - jnp.arange(N, dtype=jnp.int32) * config.lifetime // N,
     skipped=jnp.zeros(N, jnp.int32),
@@ -181,11 +187,11 @@ def meta_step(
   members = jnp.arange(N)
   if m < N:
     members = jax.random.permutation(_key(state.key, state.step, N), N)[:m]
-  eta = state.eta
 
-  def member_step(carry, x):
+  def member_step(eta, carry, x):
     i, inner_batch, outer_batch = x
-    inner, meta_opt, age, until_reset, skipped = jax.tree.map(lambda a: a[i], carry)
+    place = i % (N // mesh.shards("population"))  # among those of the same devices
+    inner, meta_opt, age, until_reset, skipped = jax.tree.map(lambda a: a[place], carry)
     T = len(jax.tree.leaves(inner_batch)[0])
 
     g, inner, metrics = meta_gradient(
@@ -215,24 +221,27 @@ def meta_step(
     age = jnp.where(reset, 0, age)
     until_reset = jnp.where(reset, config.lifetime, until_reset)
     new = (inner, meta_opt, age, until_reset, skipped + ~finite)
-    carry = jax.tree.map(lambda a, b: a.at[i].set(b), carry, new)
+    carry = jax.tree.map(lambda a, b: a.at[place].set(b), carry, new)
     return carry, (updates, finite, metrics)
 
-  # One member after the other, in place: batching one over the other makes every product a batched
-  # one (slow on CPUs) and holds all members' activations at a time.
+  def in_turn(eta, carry, *x):
+    def step(carry, x):
+      members, total, used = carry
+      members, (updates, finite, metrics) = member_step(eta, members, x)
+      return (members, jax.tree.map(jnp.add, total, updates), used + finite), metrics
+
+    # One member after the other, in place: batching one over the other makes every product a
+    # batched one (slow on CPUs) and holds all members' activations at a time.
+    zero = jax.tree.map(jnp.zeros_like, eta)
+    (carry, total, used), metrics = jax.lax.scan(step, (carry, zero, 0), x)
+    return (carry, metrics), (total, used)
+
   carry = (state.inner, state.meta_opt, state.age, state.until_reset, state.skipped)
-
-  def step(carry, x):
-    members, total, used = carry
-    members, (updates, finite, metrics) = member_step(members, x)
-    return (members, jax.tree.map(jnp.add, total, updates), used + finite), metrics
-
-  zero = jax.tree.map(jnp.zeros_like, eta)
-  (carry, total, used), metrics = jax.lax.scan(
-    step, (carry, zero, 0), (members, inner_batches, outer_batches)
+  (carry, metrics), (total, used) = mesh.over_population(in_turn)(
+    state.eta, carry, members, inner_batches, outer_batches
   )
   # mean_i etabar^i = eta + mean_i of the updates, over the members whose gradient was finite.
-  eta = jax.tree.map(lambda e, u: e + u / jnp.maximum(used, 1), eta, total)
+  eta = jax.tree.map(lambda e, u: e + u / jnp.maximum(used, 1), state.eta, total)
   inner, meta_opt, age, until_reset, skipped = carry
   state = state._replace(
     eta=eta,

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import mesh
 from kernels import score_weighted_loss
 
 
@@ -86,12 +88,13 @@ class Transformer(hk.Module):
       [c.vocab_size, c.d_model],
       init=hk.initializers.RandomNormal(c.d_model**-0.5),
     )
+    embedding_VD = mesh.whole(embedding_VD)
     # Unit-scale inputs from embeddings that also give unit-scale logits.
     x_BSD = (embedding_VD[tokens] * math.sqrt(c.d_model)).astype(c.dtype)
     rotation = rope_table(restarting_positions(segments), c.head_dim, _wide(x_BSD))
 
     def block(x_BSD):
-      return Block(c, self.causal, name="block")(x_BSD, segments, rotation)
+      return Block(c, self.causal, name="block")(mesh.over_data(x_BSD), segments, rotation)
 
     block = hk.remat(block) if c.remat else block
     if c.scan_layers:
@@ -99,7 +102,7 @@ class Transformer(hk.Module):
     else:
       for _ in range(c.n_layers):
         x_BSD = block(x_BSD)
-    return rms_norm(x_BSD, "final_norm"), embedding_VD
+    return rms_norm(mesh.over_data(x_BSD), "final_norm"), embedding_VD
 
 
 class Block(hk.Module):
@@ -234,17 +237,18 @@ def language_model(
   def init(key):
     return forward.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2)
 
+  score_weighted = mesh.loss_over_data(partial(score_weighted_loss, backend=loss_backend))
+
   def loss(params, weights_B, batch):
     hidden_BSD, unembedding_VD = forward.apply(params, *batch)
     targets_BS, counted_BS = next_token_targets(batch)
     counts_B = jnp.maximum(counted_BS.sum(-1), 1)
     token_weights_BS = counted_BS * (weights_B / counts_B)[:, None]
-    total, nll_N = score_weighted_loss(
+    total, nll_N = score_weighted(
       hidden_BSD.reshape(-1, config.d_model),
       unembedding_VD,
       targets_BS.reshape(-1),
       token_weights_BS.reshape(-1),
-      backend=loss_backend,
     )
     nll_BS = jax.lax.stop_gradient(nll_N).reshape(counted_BS.shape)
     return total, jnp.sum(nll_BS * counted_BS, -1) / counts_B
