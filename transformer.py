@@ -9,7 +9,6 @@ V vocabulary.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -274,7 +273,7 @@ def accumulate(loss: Callable, microbatches: int) -> Callable:
 
   def forward(params, weights_B, batch):
     # A reverse pass over this scan then saves no part's activations.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @partial(jax.checkpoint, prevent_cse=False)
     def add_part(of_params, part):
       (total, nll), (more, of_weights) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         params, *part

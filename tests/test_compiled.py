@@ -14,7 +14,8 @@ import shutil
 import jax
 import pytest
 
-from benchmarks import loss, targets
+import targets
+from benchmarks import loss
 from kernels import pallas_gpu
 
 N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
@@ -22,7 +23,7 @@ VOCABULARIES = {32_000: 10, 256_000: 50}  # V -> how many times less temporary m
 UNITS = {"value": 1, "gradient": 4, "product": 10}
 
 has = importlib.util.find_spec
-missing = {name: not has("libtpu") for name in targets.TPU_TOPOLOGIES}
+missing = {name: not has("libtpu") for name in targets.NAMES}
 missing["h100"] = not (has("jax_cuda13_plugin") and shutil.which("ptxas"))
 reason = "needs libtpu, or jax-cuda13-plugin and ptxas: make test-compile"
 TARGETS = [

@@ -49,11 +49,12 @@ def test_loss_and_its_gradients_are_those_of_the_whole_batch(x64, quick_compile)
   def everything(microbatches):
     _, model, _ = _problem(microbatches)
     params = _wide(model.init(jax.random.key(0)))
-    gradient = jax.grad(model.loss, (0, 1), has_aux=True)
-    product = jax.jvp(lambda *p: gradient(*p, batch), (params, weights), (params, 2 * weights))[1]
+    gradient = lambda *point: jax.grad(model.loss, (0, 1), has_aux=True)(*point, batch)
+    point = (params, weights)
+    along = (params, 2 * weights)
     return jax.jit(
-      lambda: (model.loss(params, weights, batch), gradient(params, weights, batch))
-    )(), product
+      lambda: (model.loss(*point, batch), gradient(*point), jax.jvp(gradient, point, along)[1])
+    )()
 
   assert_close(everything(3), everything(1), 1e-10)
 
