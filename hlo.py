@@ -10,7 +10,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
 _WIDTHS = {"pred": 8}
 _NOTHING = frozenset(  # instructions that move no bytes, or whose bytes are counted elsewhere
-  """parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id
+  """parameter constant tuple get-tuple-element bitcast while conditional call after-all
+  partition-id
   replica-id opt-barrier async-update async-done copy-done slice-done iota domain""".split()
 )
 

@@ -139,19 +139,19 @@ def report(
     f"  formed again by remat  {c.program.recomputed:.4g} FLOPs",
     f"  element-wise           {c.program.elementwise:.4g}"
     + f" ({c.program.unknown_loops} loops of unknown length)" * bool(c.program.unknown_loops),
-    f"  analytic minimum       {needed_twice:.4g} FLOPs: products formed are "
+    f"  minimum of mode mixed  {needed_twice:.4g} FLOPs: products formed are "
     f"{formed / needed_twice:.3f} of it, with remat {c.program.products / needed_twice:.3f}",
     *(f"    {name:20s} {of_members * x:.4g}" for name, x in least._asdict().items()),
     f"  nothing formed twice   {needed:.4g} FLOPs (less `kept` {kept:.3g})",
     "",
     "one meta-step, a device",
-    f"  least time by FLOPs    {c.program.products / n / chip.flops:.3f} s at the chip's peak "
-    f"({needed / n / chip.flops:.3f} s for what is formed once)",
+    f"  least time by FLOPs    {c.program.products / n / chip.flops:.3g} s at the chip's peak "
+    f"({needed / n / chip.flops:.3g} s for what is formed once)",
   ]
   if c.traffic:
     lines += [
       f"  memory traffic         {giga(c.traffic.bytes)}: at least "
-      f"{c.traffic.bytes / chip.bandwidth:.3f} s"
+      f"{c.traffic.bytes / chip.bandwidth:.3g} s"
       + f" ({c.traffic.unknown_loops} loops of unknown length)"
       * bool(c.traffic.unknown_loops)
     ]
@@ -159,8 +159,8 @@ def report(
       lines.append(f"  {kind:22s} {giga(size)} in {times:.0f}")
   elif not c.refusal:
     lines.append("  memory traffic         unknown: the compiler gives no text of its module")
-  if c.estimate:
-    lines.append(f"  compiler's estimate    {c.estimate:.3f} s, loops' bodies taken once")
+  if c.estimate and c.estimate > 0:
+    lines.append(f"  compiler's estimate    {c.estimate:.3g} s, loops' bodies taken once")
   if step_time:
     used = needed / (n * chip.flops * step_time)
     lines.append(f"  model FLOPs utilisation {used:.1%} at {step_time:g} s (what is formed once)")
@@ -173,7 +173,7 @@ def report(
     f"the run, {K:,} meta-steps",
     f"  tokens                 {inner_tokens:.4g} inner, {outer_tokens:.4g} outer",
     f"  FLOPs                  {K * needed:.4g} formed once, {K * c.program.products:.4g} in all",
-    f"  chip-hours             {hours:,.0f} at {utilisation:.0%} utilisation"
+    f"  chip-hours             {hours:,.3g} at {utilisation:.0%} utilisation"
     f" ({hours / n:,.1f} h on {n})",
   ]
   return "\n".join(lines)
