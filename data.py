@@ -140,13 +140,12 @@ def batch_iterator(
   seed: int,
   shape: tuple[int, ...],
   start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  part: tuple[slice, ...] = (),
 ) -> Iterator[Batch]:
   """Endless batches of arrays [*shape, S], int32; batch t is a function of (seed, t) alone.
 
   Each epoch is a new permutation of the split. A run resumes with `start_step` = the batches it has
-  used. Of several processes each gets its part of the last axis of `shape`, of the same batches.
+  used. Of several hosts each reads its `part` of the same batches: batch[part], of axes of `shape`.
   The result has a `close()` that ends its prefetching threads at once.
   """
   rows, size = len(split.tokens), math.prod(shape)
@@ -155,11 +154,7 @@ def batch_iterator(
       f"the split has {rows} sequences, fewer than one batch of {size} ({shape}) takes: give more "
       "data, a shorter sequence_length, a larger fraction for this split, or a smaller batch"
     )
-  if shape[-1] % process_count:
-    raise DataError(f"a batch axis of {shape[-1]} cannot be shared by {process_count} processes")
-  part = shape[-1] // process_count
-  mine = np.s_[..., process_index * part : (process_index + 1) * part]
-  order = lambda step: drawn_rows(rows, seed, step * size, size).reshape(shape)[mine]
+  order = lambda step: drawn_rows(rows, seed, step * size, size).reshape(shape)[part]
   return row_batches(split, order, start_step)
 
 

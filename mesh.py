@@ -11,17 +11,18 @@ axis. Gradients, weights and losses are those of whole batches, wherever their s
 Axes: N inner models, B sequences, V vocabulary, D model width.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cli import check
 
 AXES = ("population", "data")
+WHOLE, DATA = PartitionSpec(), PartitionSpec("data")
 LARGE = 2**16  # elements of an array of one model, from which on it is sharded over `data`
 
 
@@ -82,8 +83,8 @@ def over_population(function: Callable) -> Callable:
     members = PartitionSpec("population")
     return jax.shard_map(
       shard,
-      in_specs=(PartitionSpec(), *[members] * len(of_members)),
-      out_specs=(members, PartitionSpec()),
+      in_specs=(WHOLE, *[members] * len(of_members)),
+      out_specs=(members, WHOLE),
       axis_names={"population"},
       check_vma=False,  # Pallas outputs do not say over which axes they vary
     )(shared, *of_members)
@@ -94,17 +95,16 @@ def over_population(function: Callable) -> Callable:
 def over_data(x_B: jax.Array) -> jax.Array:
   """x, its first axis over `data`: keeps activations with their sequences, so that XLA gathers the
   parameters of a layer and not the activations."""
-  if shards("data") == 1:
+  if shards("data") == 1 or len(x_B) % shards("data"):
     return x_B
-  return jax.lax.with_sharding_constraint(x_B, PartitionSpec("data"))
+  return jax.lax.with_sharding_constraint(x_B, DATA)
 
 
-def whole(x: jax.Array) -> jax.Array:
-  """x, gathered from the shards of `data`: a table that is looked up in, which XLA would rather
-  leave sharded and gather all that was looked up."""
-  if shards("data") == 1:
-    return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+def lookup(table_VD: jax.Array, index_B: jax.Array) -> jax.Array:
+  """table[index], of each data shard's own sequences; XLA would gather the gradients of all."""
+  if len(index_B) % shards("data"):  # a few: a model is initialised on a batch of one
+    return table_VD[index_B]
+  return _by_data_shard(lambda table, index: table[index], (WHOLE, DATA), DATA)(table_VD, index_B)
 
 
 def loss_over_data(loss: Callable) -> Callable:
@@ -114,28 +114,33 @@ def loss_over_data(loss: Callable) -> Callable:
 
   def shard(*arguments):
     total, nll = loss(*arguments)
-    return jax.lax.psum(total, "data"), nll
+    return (jax.lax.psum(total, "data") if shards("data") > 1 else total), nll
 
+  return _by_data_shard(shard, (DATA, WHOLE, DATA, DATA), (WHOLE, DATA))
+
+
+def _by_data_shard(function, in_specs, out_specs):
   def spread(*arguments):
     if shards("data") == 1:
-      return loss(*arguments)
-    data, whole = PartitionSpec("data"), PartitionSpec()
-    return jax.shard_map(
-      shard,
-      in_specs=(data, whole, data, data),
-      out_specs=(whole, data),
-      axis_names={"data"},
-      check_vma=False,
-    )(*arguments)
+      return function(*arguments)
+    how = dict(in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False)
+    return jax.shard_map(function, **how)(*arguments)
 
   return spread
 
 
+def use(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """The context in which a run's programs are traced; of one device, none."""
+  return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
 def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
-  """Shardings of a meta_step.MetaState of arrays or ShapeDtypeStructs.
+  """Shardings of a meta_step.MetaState of arrays or ShapeDtypeStructs; None on one device.
 
   Members over `population`; the largest axis of a large array over `data`, where it divides.
   """
+  if mesh.size == 1:
+    return None
 
   def shared(x, lead=()):
     shape = x.shape[len(lead) :]
@@ -148,7 +153,37 @@ def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
   of_member = lambda x: shared(x, ("population",))
   how = {"eta": shared, "meta_opt": of_member, "inner": of_member}
   how |= {name: of_member for name in ("age", "until_reset", "skipped")}
-  replicated = lambda _: NamedSharding(mesh, PartitionSpec())
+  replicated = lambda _: NamedSharding(mesh, WHOLE)
   return type(state)(
     **{k: jax.tree.map(how.get(k, replicated), v) for k, v in state._asdict().items()}
   )
+
+
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding | None:
+  """Of arrays whose leading axes lie over the named axes of the mesh; None on one device."""
+  return NamedSharding(mesh, PartitionSpec(*axes)) if mesh.size > 1 else None
+
+
+def part_of_host(where: NamedSharding | None, shape: tuple[int, ...]) -> tuple[slice, ...]:
+  """The part of an array [*shape] that this host's devices hold (the box around their shards)."""
+  if where is None:
+    return tuple(slice(0, size) for size in shape)
+  shards = where.addressable_devices_indices_map(shape).values()
+  ends = [[s.indices(size)[:2] for s, size in zip(index, shape, strict=True)] for index in shards]
+  return tuple(
+    slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*ends, strict=True)
+  )
+
+
+def place(part: Any, where: NamedSharding | None, shape: tuple[int, ...]) -> Any:
+  """Arrays [*shape] on all hosts' devices, of which this host gives its `part_of_host`."""
+  if where is None:
+    return part
+  first = [s.start for s in part_of_host(where, shape)]
+
+  def shard(x, index):
+    ends = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+    return x[tuple(slice(a - f, b - f) for (a, b), f in zip(ends, first, strict=True))]
+
+  whole = lambda x: jax.make_array_from_callback(shape, where, lambda index: shard(x, index))
+  return jax.tree.map(whole, part)

@@ -3,11 +3,13 @@
   python train.py --workdir=runs/demo                                   # minutes on 2 cores
   python train.py --workdir=runs/mine --data=my.jsonl --meta_steps=200   # one's own text
   python train.py --workdir=runs/mine --data=crawl.jsonl --outer_data=trusted.jsonl
-  python train.py --workdir=runs/paper --preset=paper --data=hf:allenai/c4:en
+  python train.py --workdir=runs/paper --preset=paper --data=hf:allenai/c4:en --mesh=population=8
 
 Started again with the same workdir it goes on where it stopped, to the same bytes. The workdir
 gets config.json, checkpoints/, metrics.jsonl (a line per meta-step), scores/ (of the validation
 documents at some meta-steps), and at the end summary.txt, results.json and figures.
+
+Devices share the work as --mesh says (mesh.py); several hosts run the same command (hosts.py).
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +30,10 @@ import cli
 import cpu
 import data
 import datarater
+import hosts
 import inner_loop
 import kernels
+import mesh
 import meta_step
 import report
 import transformer
@@ -160,48 +164,91 @@ def main():
   logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   if FLAGS.keep_freed_memory:
     cpu.keep_freed_memory()
-  train(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir))
+  hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat)
+  devices = make_mesh(config, FLAGS.mesh)
+  with hosts.stop_together(), mesh.use(devices):
+    train(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir), devices)
 
 
-def train(config: Config, workdir: Path, cache_dir: Path) -> None:
+def make_mesh(config: Config, spec: str | None) -> jax.sharding.Mesh:
+  """The mesh that --mesh names, or the default, if the configuration can be spread over it."""
+  m = config.members_per_step or config.n_models
+  if m < config.n_models:  # any of them may be drawn, wherever they lie
+    spec = spec or "population=1"
+  devices = mesh.make_mesh(spec, config.n_models)
+  check(
+    m == config.n_models or devices.shape["population"] == 1,
+    f"--members_per_step={m} draws from all inner models: use --mesh=population=1",
+  )
+  for name in ("inner_batch", "outer_batch"):
+    value, size = getattr(config, name), devices.shape["data"]
+    check(
+      value % size == 0,
+      f"--{name}={value} is not a multiple of the {size} devices of the mesh's data axis: change "
+      "it, or give another --mesh=population=...,data=...",
+    )
+  return devices
+
+
+def train(config: Config, workdir: Path, cache_dir: Path, devices: jax.sharding.Mesh) -> None:
   """Trains to config.meta_steps, from the workdir's last checkpoint if it has one, and reports."""
-  corpus = data.load_corpus(data_config(config), cache_dir)
-  open_workdir(workdir, config, corpus.fingerprint)
+  corpus = data.load_corpus(data_config(config), cache_dir, progress=hosts.leader())
+  hosts.leader_first(lambda: open_workdir(workdir, config, corpus.fingerprint))
   m = config.members_per_step or config.n_models
   grain, T = config.steps_per_call, config.inner_steps
   problem, inner_optimizer, meta_optimizer, meta_config = build(config, corpus.vocab_size)
-  rater_score = jax.jit(problem.probe)
+  everywhere = mesh.sharding(devices)
+  rater_score = jax.jit(problem.probe, out_shardings=everywhere)
+
+  def batches(split, seed, shape, axes, start=0) -> Iterator[transformer.Batch]:
+    where, whole = mesh.sharding(devices, *axes), (*shape, config.sequence_length)
+    part = mesh.part_of_host(where, whole)[:-1]
+    drawn = data.batch_iterator(corpus.splits[split], seed, shape, start, part)
+    return (mesh.place(batch, where, whole) for batch in drawn)
 
   documents = corpus.validation_documents(config.report_documents)
-  probe = next(data.batch_iterator(corpus.splits["outer"], config.seed + 2, (config.outer_batch,)))
+  probe = next(batches("outer", config.seed + 2, (config.outer_batch,), ("data",)))
 
   def init_state(key):
     eta_key, key = jax.random.split(key)
     eta = make_rater(config, corpus.vocab_size).init(eta_key)
     return meta_step.init(key, eta, problem, inner_optimizer, meta_optimizer, meta_config, probe)
 
-  state = jax.jit(init_state)(jax.random.PRNGKey(config.seed))
+  key = jax.random.PRNGKey(config.seed)
+  shardings = mesh.state_shardings(devices, jax.eval_shape(init_state, key))
+  state = jax.jit(init_state, out_shardings=shardings)(key)
   checkpoints = Checkpoints(workdir)
   state = checkpoints.restore_latest(state)
   start = int(state.step)
-  metrics_file = Metrics(workdir / "metrics.jsonl", start)
-  print(corpus.summary())
-  print(describe(config, state))
+  say = print if hosts.leader() else lambda *_, **__: None
+  metrics_file = Metrics(workdir / "metrics.jsonl" if hosts.leader() else None, start)
+  say(corpus.summary())
+  say(describe(config, state, devices))
   if start:
-    print(f"resuming after meta-step {start} of {config.meta_steps}", flush=True)
+    say(f"resuming after meta-step {start} of {config.meta_steps}", flush=True)
 
   def snapshot(state, step):
     path = workdir / "scores" / f"{step}.npy"
-    if not path.exists():
+    if hosts.as_leader(not path.exists()):
       scores = score_documents(rater_score, state.eta, documents, corpus.tokenizer, config)
-      path.parent.mkdir(exist_ok=True)
-      report.write_atomically(path, lambda file: np.save(file, scores))
+      if hosts.leader():
+        path.parent.mkdir(exist_ok=True)
+        report.write_atomically(path, lambda file: np.save(file, scores))
 
-  def batches(split, seed, shape):
-    return data.batch_iterator(corpus.splits[split], seed, shape, start // grain)
-
-  inner_batches = batches("train", config.seed, (grain, m, T, config.inner_batch))
-  outer_batches = batches("outer", config.seed + 1, (grain, m, config.outer_batch))
+  inner_batches = batches(
+    "train",
+    config.seed,
+    (grain, m, T, config.inner_batch),
+    (None, "population", None, "data"),
+    start // grain,
+  )
+  outer_batches = batches(
+    "outer",
+    config.seed + 1,
+    (grain, m, config.outer_batch),
+    (None, "population", "data"),
+    start // grain,
+  )
   if start == 0:
     snapshot(state, 0)
 
@@ -209,12 +256,20 @@ def train(config: Config, workdir: Path, cache_dir: Path) -> None:
   pending = None  # metrics are read one call late, so that the device never waits for this loop
   stop = StopSignal()
   began, steps_here = time.monotonic(), 0
-  bar = tqdm.tqdm(total=config.meta_steps, initial=start, unit="meta-step", smoothing=0.1)
+  bar = tqdm.tqdm(
+    total=config.meta_steps,
+    initial=start,
+    unit="meta-step",
+    smoothing=0.1,
+    disable=not hosts.leader(),
+  )
   for k in range(start + grain, config.meta_steps + 1, grain):
     inputs = (state, next(inner_batches), next(outer_batches), probe)
     if step is None:
       bar.set_description("compiling")
-      step = compile_meta_steps(inputs, problem, inner_optimizer, meta_optimizer, meta_config)
+      step = compile_meta_steps(
+        inputs, problem, inner_optimizer, meta_optimizer, meta_config, (shardings, everywhere)
+      )
       bar.set_description("meta-training")
       began = time.monotonic()
     state, metrics = step(*inputs)
@@ -224,25 +279,27 @@ def train(config: Config, workdir: Path, cache_dir: Path) -> None:
     steps_here += grain
     if k in SNAPSHOTS:
       snapshot(state, k)
-    if k % config.checkpoint_every == 0 or k == config.meta_steps or stop.requested:
+    stopping = hosts.any_host(stop.requested)
+    if k % config.checkpoint_every == 0 or k == config.meta_steps or stopping:
       jax.block_until_ready(state)
       metrics_file.write(*pending, bar)
       pending = None
       checkpoints.save(k, state)
     bar.update(grain)
-    if stop.requested and k < config.meta_steps:
+    if stopping and k < config.meta_steps:
       bar.close()
-      print(f"stopped: checkpoint written after meta-step {k}; start again to go on", flush=True)
+      say(f"stopped: checkpoint written after meta-step {k}; start again to go on", flush=True)
       checkpoints.close()
       return
   jax.block_until_ready(state)
   bar.close()
   if steps_here:
     seconds = time.monotonic() - began
-    print(f"meta-training: {steps_here} meta-steps in {seconds:.0f} s", flush=True)
+    say(f"meta-training: {steps_here} meta-steps in {seconds:.0f} s", flush=True)
   checkpoints.close()
   snapshot(state, config.meta_steps)
-  print(report.write(workdir, documents, dataclasses.asdict(config)))
+  if hosts.leader():
+    print(report.write(workdir, documents, dataclasses.asdict(config)))
 
 
 def data_config(config: Config) -> data.DataConfig:
@@ -275,7 +332,9 @@ def build(config: Config, vocab_size: int):
   return problem, inner_optimizer, meta_optimizer, meta_config
 
 
-def compile_meta_steps(inputs, problem, inner_optimizer, meta_optimizer, meta_config):
+def compile_meta_steps(
+  inputs, problem, inner_optimizer, meta_optimizer, meta_config, out_shardings=None
+):
   """The one compiled program of a run: steps_per_call meta-steps, the state updated in place."""
 
   def meta_steps(state, inner_batches, outer_batches, probe):
@@ -290,15 +349,18 @@ def compile_meta_steps(inputs, problem, inner_optimizer, meta_optimizer, meta_co
       config=meta_config,
     )
 
-  return jax.jit(meta_steps, donate_argnums=0).lower(*inputs).compile()
+  step = jax.jit(meta_steps, donate_argnums=0, out_shardings=out_shardings)
+  return step.lower(*inputs).compile()
 
 
-def describe(config: Config, state: meta_step.MetaState) -> str:
+def describe(config: Config, state: meta_step.MetaState, devices: jax.sharding.Mesh) -> str:
   device = jax.devices()[0]
+  axes = ", ".join(f"{name} {size}" for name, size in devices.shape.items())
+  spread = f" ({axes}; {jax.process_count()} hosts)" if devices.size > 1 else ""
   inner = transformer.parameter_count(state.inner.params) // config.n_models
   tokens = config.inner_steps * config.inner_batch * config.sequence_length
   return (
-    f"device {device.platform} ({device.device_kind}) x {jax.device_count()}, {config.dtype}, "
+    f"device {device.platform} ({device.device_kind}) x {devices.size}{spread}, {config.dtype}, "
     f"loss {config.loss_backend}, mode {config.mode}\n"
     f"rater {config.rater}: {transformer.parameter_count(state.eta):,} parameters; inner models "
     f"{config.n_models} x {config.model}: {inner:,} each; {tokens:,} inner tokens a member and "
@@ -371,6 +433,11 @@ if __name__ == "__main__":
   flags.DEFINE_enum(
     "preset", "demo", list(PRESETS), "defaults of the flags below; demo's are shown"
   )
+  flags.DEFINE_string("mesh", None, "population=N,data=M: how devices share the work; default all")
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several hosts, or auto")
+  flags.DEFINE_integer("num_processes", None, "of several hosts")
+  flags.DEFINE_integer("process_id", None, "of this one of several hosts, from 0")
+  flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent host counts as dead")
   flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
   cli.define_flags(Config)
   cli.run(main)

@@ -87,9 +87,8 @@ class Transformer(hk.Module):
       [c.vocab_size, c.d_model],
       init=hk.initializers.RandomNormal(c.d_model**-0.5),
     )
-    embedding_VD = mesh.whole(embedding_VD)
     # Unit-scale inputs from embeddings that also give unit-scale logits.
-    x_BSD = (embedding_VD[tokens] * math.sqrt(c.d_model)).astype(c.dtype)
+    x_BSD = (mesh.lookup(embedding_VD, tokens) * math.sqrt(c.d_model)).astype(c.dtype)
     rotation = rope_table(restarting_positions(segments), c.head_dim, _wide(x_BSD))
 
     def block(x_BSD):

@@ -92,9 +92,15 @@ class Checkpoints:
 
 
 class Metrics:
-  """A line per step, up to the step of the checkpoint from which a run resumes."""
+  """A line per step, up to the step of the checkpoint from which a run resumes.
 
-  def __init__(self, path: Path, start: int):
+  Without a path (on all hosts but one) nothing is written.
+  """
+
+  def __init__(self, path: Path | None, start: int):
+    self.file = None
+    if path is None:
+      return
     kept = []
     if path.exists():
       for line in path.read_text().splitlines():
@@ -110,6 +116,8 @@ class Metrics:
 
   def write(self, last_step: int, metrics: dict, bar: tqdm.tqdm):
     """The metrics of one call of meta_step.meta_steps, [M, ...]: a line for each meta-step."""
+    if self.file is None:
+      return
     metrics = dict(jax.device_get(metrics))
     correlation = float(metrics.pop("score_autocorrelation"))
     M = len(metrics["outer_loss"])

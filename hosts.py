@@ -1,0 +1,110 @@
+"""Several hosts, one run: jax.distributed, and what only one of them does.
+
+  python train.py --workdir=/shared/run --coordinator=host0:1234 --num_processes=2 --process_id=0
+  python train.py --workdir=/shared/run --coordinator=host0:1234 --num_processes=2 --process_id=1
+
+or --coordinator=auto on all hosts of a Slurm job, a GKE job set or a Cloud TPU slice. Hosts run the
+same program on the same flags and share the workdir; each reads the sequences of its own devices,
+and the leader (process 0) writes metrics and reports. If one dies all others stop, within
+`heartbeat` seconds; started again, the run goes on from its last checkpoint.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cli import check
+
+
+def start(
+  coordinator: str | None, processes: int | None, process: int | None, heartbeat: int = 100
+) -> None:
+  """Joins the run; before anything else of JAX. Does nothing without a coordinator.
+
+  Raises:
+    UserError: some of the three are missing or contradict each other, or the others do not come.
+  """
+  if coordinator is None:
+    check(
+      processes is None and process is None,
+      "--num_processes and --process_id go with --coordinator=HOST:PORT of process 0",
+    )
+    return
+  if coordinator == "auto":
+    check(
+      processes is None and process is None,
+      "--coordinator=auto finds out --num_processes and --process_id itself: leave them out",
+    )
+    given = {}
+  else:
+    check(
+      processes is not None and process is not None and 0 <= process < processes,
+      f"--coordinator={coordinator} needs --num_processes={processes} and "
+      f"--process_id={process}, 0 <= process_id < num_processes",
+    )
+    given = dict(coordinator_address=coordinator, num_processes=processes, process_id=process)
+  try:
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=heartbeat)
+  except (ValueError, RuntimeError) as error:
+    check(
+      False,
+      f"--coordinator={coordinator} does not start the run's hosts "
+      f"({str(error).splitlines()[0][:200]}): see that process 0 can be reached there and that "
+      "each host has its own --process_id",
+    )
+
+
+def leader() -> bool:
+  """True on the one host that writes what all of them know."""
+  return jax.process_index() == 0
+
+
+def leader_first(function: Callable[[], Any]) -> Any:
+  """Calls it on the leader, then on the others, which see the files that the leader wrote."""
+  result = function() if leader() else None
+  wait_for_all("leader first")
+  return result if leader() else function()
+
+
+def wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def as_leader(flag: bool) -> bool:
+  """The leader's answer, on all hosts: they must not take different ways."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def any_host(flag: bool) -> bool:
+  """True on all hosts where it is on any."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+@contextlib.contextmanager
+def stop_together() -> Iterator[None]:
+  """A host whose collectives fail says so and ends at once, and does not wait for the dead."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(
+      f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: another host "
+      f"has died or cannot be reached ({str(error).splitlines()[0][:200]}): see the other hosts' "
+      "output, then start all of them again with the same --workdir, to go on from its last "
+      "checkpoint",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(3)  # without JAX's own end, which waits for all hosts
