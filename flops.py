@@ -124,7 +124,8 @@ def _count_equation(equation, recomputing):
   if name == "cond":  # the dearest branch
     return max(inner, key=lambda f: f.products + f.elementwise)
   if name == "shard_map":  # its body is what one device does
-    devices = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+    axes = params.get("newly_manual_axes", params.get("manual_axes"))  # JAX 0.10; newer
+    devices = math.prod(params["mesh"].shape[axis] for axis in axes)
     return inner[0].times(devices)
   if name == "pallas_call":
     estimate = params["cost_estimate"]
