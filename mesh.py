@@ -58,7 +58,7 @@ def make_mesh(spec: str | None, n_models: int, devices: Sequence[Any] | None = N
     n_models % population == 0,
     f"--mesh=population={population} does not divide --n_models={n_models}",
   )
-  # Neighbours on a pod's network, as far as they go: 8 by 8 of 4 x 4 x 4 chips splits an axis of it.
+  # Neighbours on a pod's network, as far as they go: 8 by 8 of 4 x 4 x 4 chips splits an axis.
   grid = mesh_utils.create_device_mesh((population, data), devices, allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 

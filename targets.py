@@ -98,6 +98,7 @@ def devices(target: str) -> list[Any]:
     ("TPU_SKIP_MDS_QUERY", "1"),
     ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
     ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # nobody holds a TPU: several compile beside each other
     ("TPU_STDERR_LOG_LEVEL", "3"),
     ("TPU_MIN_LOG_LEVEL", "3"),
   ):
