@@ -177,6 +177,8 @@ def _bytes_moved(instruction, instructions, computations):
   i = instruction
   if i.opcode in _NOTHING or i.opcode.endswith("-done"):
     return 0
+  if "AllocateBuffer" in i.rest:
+    return 0
   read = [_size(instructions[o].type) for o in i.operands if o in instructions]
   if i.opcode in ("dynamic-slice", "slice", "gather"):
     return _size(i.type) * 2

@@ -5,12 +5,13 @@
 
 Takes the flags of train.py, compiles the program that it would run for the target (v5e, v5p, v6e
 with a topology, h100) on this machine's CPU, and says whether it fits; if not, tries flags that
-make it fit. Needs the compilers of `make .venv-compile/ready`; a pod takes minutes. The last line
-printed is the command that fits, or the same one.
+make it fit: the last command printed is the one that does. Needs the compilers of
+`make .venv-compile/ready`; a pod takes minutes.
 """
 
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def compile_run(config: train.Config, target: str, mesh_spec: str | None, vocabu
   """
   chip = targets.chip(target)
   devices = targets.devices(target)
-  grid = mesh.make_mesh(mesh_spec, config.n_models, devices)
+  grid = train.make_mesh(config, mesh_spec, devices)
   single = SingleDeviceSharding(devices[0])
   problem, inner_optimizer, meta_optimizer, meta_config = train.build(config, vocabulary)
   parts = dict(problem=problem, inner_optimizer=inner_optimizer, meta_optimizer=meta_optimizer)
@@ -191,15 +192,24 @@ def minimum(config: train.Config, vocabulary: int) -> flops.Minimum:
   )
 
 
-def alternatives(config: train.Config, data_shards: int) -> Iterator[dict[str, Any]]:
-  """Flags that need less memory, the least costly first."""
+def alternatives(
+  config: train.Config, target: str, spec: str | None, data_shards: int
+) -> Iterator[tuple[dict[str, Any], str, str | None]]:
+  """(changed flags of train.py, target, mesh) that need less memory, the least costly first."""
   less = {} if config.mode in ("mixed", "first_order") else {"mode": "mixed"}
   if less:
-    yield less
+    yield less, target, spec
+  sizes = (config.inner_batch, config.outer_batch)
   for parts in MICROBATCHES:
-    sizes = (config.inner_batch, config.outer_batch)
     if parts > config.microbatches and all(b % (parts * data_shards) == 0 for b in sizes):
-      yield less | {"microbatches": parts}
+      yield less | {"microbatches": parts}, target, spec
+  if ":" in target and all(b % (2 * data_shards) == 0 for b in sizes):
+    chip, axes = target.split(":")
+    sizes = [int(size) for size in axes.split("x")]
+    population = math.prod(sizes) // data_shards
+    sizes[sizes.index(min(sizes))] *= 2
+    larger = f"{chip}:{'x'.join(map(str, sorted(sizes)))}"
+    yield less, larger, f"population={population},data={2 * data_shards}"
 
 
 def _refused(error, devices, program, seconds):
@@ -241,28 +251,28 @@ def main():
   )
   target, spec = FLAGS.target, FLAGS.mesh
   check(target is not None, "name what to plan for with --target: v5p:4x4x4, v5e:8x8, h100, ...")
-  grid = mesh.make_mesh(spec, config.n_models, targets.devices(target))
+  grid = train.make_mesh(config, spec, targets.devices(target))
 
-  def show(config):
+  def fits(config, target, spec):
     compiled = compile_run(config, target, spec, vocabulary)
     print(report(config, target, vocabulary, compiled, FLAGS.step_time, FLAGS.utilisation))
     return compiled.fits
 
-  fits, changed = show(config), {}
-  if not fits and FLAGS.search:
-    for changed in alternatives(config, grid.shape["data"]):
-      print(f"\n--- with {changed}", flush=True)
-      fits = show(dataclasses.replace(config, **changed))
-      if fits:
-        break
-  given = [f"--preset={FLAGS.preset}", f"--target={target}", *([f"--mesh={spec}"] if spec else [])]
-  given += [f"--{f.name}={FLAGS[f.name].value}" for f in _given(FLAGS) if f.name not in changed]
-  command = " ".join(["python plan.py", *given, *(f"--{k}={v}" for k, v in changed.items())])
-  print(f"\n{command}" if fits else "\nnothing tried fits: more devices along `data` are needed")
-
-
-def _given(FLAGS):
-  return [f for f in dataclasses.fields(train.Config) if FLAGS[f.name].value is not None]
+  given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(config)}
+  given = {name: value for name, value in given.items() if value is not None}
+  tried = [({}, target, spec)]
+  if FLAGS.search:
+    tried += alternatives(config, target, spec, grid.shape["data"])
+  for changed, target, spec in tried:
+    values = given | changed
+    command = ["python plan.py", f"--preset={FLAGS.preset}", f"--target={target}"]
+    command += [f"--mesh={spec}"] if spec else []
+    command += [f"--{name}={value}" for name, value in values.items()]
+    print(f"$ {' '.join(command)}", flush=True)
+    if fits(dataclasses.replace(config, **changed), target, spec):
+      return
+    print(flush=True)
+  print("nothing tried fits: more devices along `data` are needed, or a smaller batch or model")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,22 +170,24 @@ def main():
     train(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir), devices)
 
 
-def make_mesh(config: Config, spec: str | None) -> jax.sharding.Mesh:
+def make_mesh(
+  config: Config, spec: str | None, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
   """The mesh that --mesh names, or the default, if the configuration can be spread over it."""
   m = config.members_per_step or config.n_models
   if m < config.n_models:  # any of them may be drawn, wherever they lie
     spec = spec or "population=1"
-  devices = mesh.make_mesh(spec, config.n_models)
+  devices = mesh.make_mesh(spec, config.n_models, devices)
   check(
     m == config.n_models or devices.shape["population"] == 1,
     f"--members_per_step={m} draws from all inner models: use --mesh=population=1",
   )
   for name in ("inner_batch", "outer_batch"):
-    value, size = getattr(config, name), devices.shape["data"]
+    value, size, parts = getattr(config, name), devices.shape["data"], config.microbatches
     check(
-      value % size == 0,
-      f"--{name}={value} is not a multiple of the {size} devices of the mesh's data axis: change "
-      "it, or give another --mesh=population=...,data=...",
+      value % (size * parts) == 0,
+      f"--{name}={value} is not a multiple of the {size} devices of the mesh's data axis, times "
+      f"--microbatches={parts}: change it, or give another --mesh=population=...,data=...",
     )
   return devices
 

@@ -10,7 +10,6 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import jobs
-import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
@@ -282,12 +281,13 @@ def test_a_refusal_is_told():
 
 
 def test_alternatives_need_less_memory_and_divide_the_batch():
-  tried = list(plan.alternatives(PAPER, data_shards=8))
-  assert tried == [{"microbatches": k} for k in (2, 4, 8, 16)]
-  faster = dataclasses.replace(PAPER, mode="mixed_save", microbatches=4, inner_batch=96)
-  assert list(plan.alternatives(faster, 8)) == [{"mode": "mixed"}]
-  for changes in tried:
+  tried = list(plan.alternatives(PAPER, "v5e:8x8", None, data_shards=8))
+  parts = [({"microbatches": k}, "v5e:8x8", None) for k in (2, 4, 8, 16)]
+  assert tried == [*parts, ({}, "v5e:8x16", "population=8,data=16")]
+  for changes, _, _ in tried:
     dataclasses.replace(PAPER, **changes)
+  faster = dataclasses.replace(PAPER, mode="mixed_save", microbatches=4, inner_batch=96)
+  assert list(plan.alternatives(faster, "h100", None, 8)) == [({"mode": "mixed"}, "h100", None)]
 
 
 def test_chips_are_told_apart():
@@ -300,11 +300,3 @@ def test_chips_are_told_apart():
 def test_without_compilers_one_line_says_how_to_get_them(cache):
   result = jobs.run("plan.py", cache, "--preset=paper", "--target=v5p:4x4x4")
   jobs.assert_one_line_error(result, "make .venv-compile/ready")
-
-
-def test_numpy_counts_alike():
-  """The size of an attention's mask: pairs of a query and a key that it may see."""
-  S = 7
-  pairs = np.tri(S).sum()
-  _, attention = flops.forward(_small(), B=3, S=S, causal=True)
-  assert attention == 4 * 3 * 2 * pairs * 2 * 16
