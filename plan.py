@@ -118,10 +118,8 @@ def report(
   """What `compiled` says, in lines."""
   chip, n, c = targets.chip(target), compiled.devices, compiled
   least = minimum(config, vocabulary)
-  needed = sum(least._replace(kept=0)) - least.kept
   of_members = config.members_per_step or config.n_models
-  needed_twice, needed = of_members * least.total, of_members * needed
-  kept = needed_twice - needed
+  mixed, once = of_members * least.total, of_members * (least.total - least.kept)
   formed = c.program.products - c.program.recomputed
   giga = lambda x: f"{x / 1e9:.2f} GB"
   lines = [
@@ -140,14 +138,14 @@ def report(
     f"  formed again by remat  {c.program.recomputed:.4g} FLOPs",
     f"  element-wise           {c.program.elementwise:.4g}"
     + f" ({c.program.unknown_loops} loops of unknown length)" * bool(c.program.unknown_loops),
-    f"  minimum of mode mixed  {needed_twice:.4g} FLOPs: products formed are "
-    f"{formed / needed_twice:.3f} of it, with remat {c.program.products / needed_twice:.3f}",
+    f"  minimum of mode mixed  {mixed:.4g} FLOPs: products formed are "
+    f"{formed / mixed:.3f} of it, with remat {c.program.products / mixed:.3f}",
     *(f"    {name:20s} {of_members * x:.4g}" for name, x in least._asdict().items()),
-    f"  nothing formed twice   {needed:.4g} FLOPs (less `kept` {kept:.3g})",
+    f"  nothing formed twice   {once:.4g} FLOPs (less `kept`)",
     "",
     "one meta-step, a device",
     f"  least time by FLOPs    {c.program.products / n / chip.flops:.3g} s at the chip's peak "
-    f"({needed / n / chip.flops:.3g} s for what is formed once)",
+    f"({once / n / chip.flops:.3g} s for what is formed once)",
   ]
   if c.traffic:
     lines += [
@@ -163,17 +161,17 @@ def report(
   if c.estimate and c.estimate > 0:
     lines.append(f"  compiler's estimate    {c.estimate:.3g} s, loops' bodies taken once")
   if step_time:
-    used = needed / (n * chip.flops * step_time)
+    used = once / (n * chip.flops * step_time)
     lines.append(f"  model FLOPs utilisation {used:.1%} at {step_time:g} s (what is formed once)")
   K, S, T = config.meta_steps, config.sequence_length, config.inner_steps
   inner_tokens = K * of_members * T * config.inner_batch * S
   outer_tokens = K * of_members * config.outer_batch * S
-  hours = K * needed / (utilisation * chip.flops) / 3600
+  hours = K * once / (utilisation * chip.flops) / 3600
   lines += [
     "",
     f"the run, {K:,} meta-steps",
     f"  tokens                 {inner_tokens:.4g} inner, {outer_tokens:.4g} outer",
-    f"  FLOPs                  {K * needed:.4g} formed once, {K * c.program.products:.4g} in all",
+    f"  FLOPs                  {K * once:.4g} formed once, {K * c.program.products:.4g} in all",
     f"  chip-hours             {hours:,.3g} at {utilisation:.0%} utilisation"
     f" ({hours / n:,.1f} h on {n})",
   ]
