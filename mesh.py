@@ -95,6 +95,12 @@ def over_population(function: Callable) -> Callable:
   return spread
 
 
+def place_of_member(i: jax.Array, n: int) -> jax.Array:
+  """Where inner model i of n stands among those of its population shard."""
+  size = shards("population")
+  return i if size == 1 else i % (n // size)
+
+
 def over_data(x_B: jax.Array) -> jax.Array:
   """x, its first axis over `data`: keeps activations with their sequences, so that XLA gathers the
   parameters of a layer and not the activations."""

@@ -190,7 +190,7 @@ def meta_step(
 
   def member_step(eta, carry, x):
     i, inner_batch, outer_batch = x
-    place = i % (N // mesh.shards("population"))  # among those of the same devices
+    place = mesh.place_of_member(i, N)
     inner, meta_opt, age, until_reset, skipped = jax.tree.map(lambda a: a[place], carry)
     T = len(jax.tree.leaves(inner_batch)[0])
 

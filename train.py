@@ -211,14 +211,14 @@ def train(config: Config, workdir: Path, cache_dir: Path, devices: jax.sharding.
   documents = corpus.validation_documents(config.report_documents)
   probe = next(batches("outer", config.seed + 2, (config.outer_batch,), ("data",)))
 
-  def init_state(key):
+  def init_state(key, probe):
     eta_key, key = jax.random.split(key)
     eta = make_rater(config, corpus.vocab_size).init(eta_key)
     return meta_step.init(key, eta, problem, inner_optimizer, meta_optimizer, meta_config, probe)
 
   key = jax.random.PRNGKey(config.seed)
-  shardings = mesh.state_shardings(devices, jax.eval_shape(init_state, key))
-  state = jax.jit(init_state, out_shardings=shardings)(key)
+  shardings = mesh.state_shardings(devices, jax.eval_shape(init_state, key, probe))
+  state = jax.jit(init_state, out_shardings=shardings)(key, probe)
   checkpoints = Checkpoints(workdir)
   state = checkpoints.restore_latest(state)
   start = int(state.step)

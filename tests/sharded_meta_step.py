@@ -13,9 +13,11 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from conftest import assert_close
 
+import cli
 import datarater
 import mesh
 import meta_step
@@ -36,8 +38,8 @@ def setting(dtype, backend, smooth):
   """
   config = transformer.TransformerConfig(V, D, 1, 2, 8, 24, dtype=dtype)
   rater, model = datarater.rater(config), transformer.language_model(config, backend)
-  wide = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
-  model = model._replace(init=lambda key, init=model.init: wide(init(key)))
+  if dtype == "float64":  # Haiku draws in float32, where shards may round another way
+    rater, model = (x._replace(init=functools.partial(uniform, x.init)) for x in (rater, model))
   how = dict(
     problem=meta_step.datarater_problem(model, rater),
     inner_optimizer=meta_step.inner_adamw(0.01, **dict(eps_root=1e-4) if smooth else {}),
@@ -46,8 +48,8 @@ def setting(dtype, backend, smooth):
   )
 
   def init(key, probe):
-    eta = wide(rater.init(key))
-    move = lambda x: x + 0.1 * jax.random.normal(key, x.shape, x.dtype)  # the head starts at 0
+    eta = rater.init(key)
+    move = lambda x: x + 0.1 * jax.random.uniform(key, x.shape, x.dtype)  # the head starts at 0
     return meta_step.init(key, jax.tree.map(move, eta), probe=probe, **how)
 
   rng = np.random.default_rng(0)
@@ -58,6 +60,11 @@ def setting(dtype, backend, smooth):
     return transformer.Batch(tokens, segments)
 
   return init, how, (batch(M, N, T, B), batch(M, N, B), batch(B))
+
+
+def uniform(init, key):
+  draw = lambda x: jax.random.uniform(key, x.shape, jnp.float64, -0.3, 0.3)
+  return jax.tree.map(draw, jax.eval_shape(init, key))
 
 
 @functools.cache
@@ -161,6 +168,56 @@ def kernels():
   print("kernels under the mesh")
 
 
+def layout():
+  default = lambda n_models: tuple(mesh.make_mesh(None, n_models).shape.values())
+  assert [default(n) for n in (8, 6, 4, 5, 16)] == [(8, 1), (2, 4), (4, 2), (1, 8), (8, 1)]
+  assert tuple(mesh.make_mesh("data=4", 4).shape.items()) == (("population", 2), ("data", 4))
+  assert tuple(mesh.make_mesh("population=2", 4).shape.values()) == (2, 4)
+  for spec, n_models, mend in (
+    ("population=2,data=2", 4, "takes 4 devices, 8 are visible"),
+    ("population=3", 6, "8 are visible"),
+    ("population=8", 4, "does not divide --n_models=4"),
+    ("data=3", 4, "8 are visible"),
+    ("rows=8", 4, "write it like population=2,data=4"),
+    ("data=", 4, "write it like"),
+    ("data=0", 4, "write it like"),
+    ("data=4,data=2", 4, "write it like"),
+  ):
+    try:
+      raise AssertionError(f"{spec} gave {mesh.make_mesh(spec, n_models)}")
+    except cli.UserError as error:
+      assert mend in str(error) and "\n" not in str(error), error
+  print("meshes")
+
+  two_by_four = over(2, 4)
+  x, inner = np.arange(2 * 8 * 3).reshape(2, 8, 3), mesh.sharding(two_by_four, "population", "data")
+  assert mesh.part_of_host(inner, x.shape) == np.s_[0:2, 0:8, 0:3]
+  placed = mesh.place(x, inner, x.shape)
+  assert np.array_equal(placed, x) and placed.addressable_shards[0].data.shape == (1, 2, 3)
+
+  shape = lambda *axes: jax.ShapeDtypeStruct(axes, np.float32)
+  theta = dict(
+    table=shape(8, 512, 128),  # V is the larger
+    layers=shape(8, 18, 128, 512),  # the layers are scanned over: not that axis
+    odd=shape(8, 513, 127),
+    small=shape(8, 128),
+  )
+  state = meta_step.MetaState(**{f: shape(8) for f in meta_step.MetaState._fields})
+  state = state._replace(eta=dict(w=shape(512, 1024)), inner=theta, key=shape(2), step=shape())
+  where = jax.tree.map(lambda s: s.spec, mesh.state_shardings(two_by_four, state))
+  spec = jax.sharding.PartitionSpec
+  assert where.inner == dict(
+    table=spec("population", "data", None),
+    layers=spec("population", None, None, "data"),
+    odd=spec("population", None, None),
+    small=spec("population", None),
+  )
+  assert where.eta == dict(w=spec(None, "data")) and where.age == spec("population")
+  assert where.key == where.step == where.probe_scores == spec()
+  print("shardings")
+
+
 if __name__ == "__main__":
   jax.config.update("jax_disable_most_optimizations", True)
-  {"float32": float32, "float64": float64, "kernels": kernels}[sys.argv[1]]()
+  parts = dict(float32=float32, float64=float64, kernels=kernels, layout=layout)
+  parts[sys.argv[1]]()

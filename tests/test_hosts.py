@@ -18,18 +18,30 @@ import hosts
 from workdir import Checkpoints
 
 HEARTBEAT = 10  # seconds
-FLAGS = (*jobs.SMALL, "--model=nano", "--rater=nano", "--meta_steps=40", "--mesh=data=2")
+FLAGS = (
+  *jobs.SMALL,
+  "--model=nano",
+  "--rater=nano",
+  "--meta_steps=40",
+  "--mesh=data=2",
+  "--mode=mixed",
+)
 
 
 @pytest.fixture
 def start(corpus, cache, tmp_path):
-  """(name of the workdir, flags) -> a process."""
+  """(name of the workdir, flags) -> a process; none outlives the test."""
+  started = []
 
   def of(workdir, *flags):
     where = [f"--workdir={tmp_path / workdir}", f"--data={corpus}", f"--cache_dir={cache}"]
-    return jobs.start("train.py", cache, *where, *FLAGS, *flags)
+    started.append(jobs.start("train.py", cache, *where, *FLAGS, *flags))
+    return started[-1]
 
-  return of
+  yield of
+  for process in started:
+    process.kill()
+    process.communicate()
 
 
 def start_hosts(start, workdir):
