@@ -211,11 +211,11 @@ def alternatives(
 
 
 def _refused(error, devices, program, seconds):
-  """What a compiler says that gives up: "Used 23.1G of 15.75G hbm" or the bytes it asked for."""
-  used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+[KMGT])", error)
-  peak = float(used[1]) * 1024.0 ** "_KMGT".index(used[2]) if used else float("nan")
-  said = used[0] if used else error.splitlines()[0]
-  nan = float("nan")
+  """What a compiler says that gives up; the first size it names is what the program asks for."""
+  used = re.search(r"\b([\d.]+)([KMGT])\b", error)
+  peak = float(used[1]) * 1024.0 ** "_KMGT".index(used[2]) if used else math.nan
+  said = error.splitlines()[0]
+  nan = math.nan
   return Compiled(devices, False, nan, nan, nan, peak, program, None, None, seconds, said)
 
 

@@ -270,14 +270,14 @@ def test_the_minimum_of_the_paper_run_by_hand():
 
 
 def test_a_refusal_is_told():
-  error = (
-    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-    "Used 23.50G of 15.75G hbm. Exceeded hbm capacity by 7.75G."
+  error = (  # libtpu 0.0.52
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (436.15G) exceeds available HBM (15.75G). HLO module: jit_f."
   )
   compiled = plan._refused(error, 4, flops.Flops(5e15), 1.0)
-  assert not compiled.fits and compiled.peak == 23.5 * 2**30
+  assert not compiled.fits and compiled.peak == 436.15 * 2**30
   text = plan.report(PAPER, "v5e:2x2", 32_000, compiled)
-  assert "DOES NOT FIT" in text and "Used 23.50G of 15.75G" in text
+  assert "DOES NOT FIT" in text and "(436.15G) exceeds available HBM (15.75G)" in text
 
 
 def test_alternatives_need_less_memory_and_divide_the_batch():
