@@ -37,7 +37,7 @@ setup: .venv/ready .cache/demo_corpus.jsonl
 .venv-compile/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-compile
 	.venv-compile/bin/python -m pip install --quiet --upgrade pip
-	.venv-compile/bin/python -m pip install --quiet jax dm-haiku optax chex hypothesis pytest libtpu
+	.venv-compile/bin/python -m pip install --quiet --editable '.[dev]' libtpu
 	version=$$(.venv-compile/bin/python -c 'import jax; print(jax.__version__)'); \
 	  .venv-compile/bin/python -m pip install --quiet --no-deps nvidia-cuda-nvcc \
 	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version

@@ -27,7 +27,7 @@ import optax
 import inner_loop
 import mesh
 from datarater import Rater, batch_weights
-from transformer import Batch, LanguageModel
+from transformer import Batch, LanguageModel, merge_batch, split_batch
 
 
 class Problem(NamedTuple):
@@ -42,14 +42,26 @@ class Problem(NamedTuple):
   ]  # (eta, probe batch) -> scores [P], watched for convergence
 
 
-def datarater_problem(model: LanguageModel, rater: Rater, remat: bool = False) -> Problem:
+def datarater_problem(
+  model: LanguageModel, rater: Rater, remat: bool = False, microbatches: int = 1
+) -> Problem:
   """Meta-input = softmax weights of the rater's scores; l = L = next-token loss.
 
   remat: form the scores of an inner batch again in the backward pass (accelerators, where the
     rater's activations of T batches do not fit).
+  microbatches: score a batch in so many parts, each formed again in the backward pass. (The
+    model's own are its builder's matter: `transformer.language_model`.)
   """
 
+  def score(eta, batch: Batch):
+    if microbatches == 1:
+      return rater.score(eta, batch)
+    part = jax.checkpoint(lambda part: rater.score(eta, part))
+    return merge_batch(jax.lax.map(part, split_batch(batch, microbatches)))
+
   def scores_TB(eta, batches: Batch):
+    if microbatches > 1:  # a loop, so that one batch's parts are formed at a time
+      return jax.lax.map(lambda batch: score(eta, batch), batches)
     if remat:
       return jax.lax.map(jax.checkpoint(lambda batch: rater.score(eta, batch)), batches)
     # Not as one batch of T * B: smaller activations stay in the caches of a CPU.
@@ -75,7 +87,7 @@ def datarater_problem(model: LanguageModel, rater: Rater, remat: bool = False) -
     loss, nll_B = model.loss(theta, weights_B, batch)
     return loss, nll_B.mean()
 
-  return Problem(model.init, metas, inner_loss, outer_loss, rater.score)
+  return Problem(model.init, metas, inner_loss, outer_loss, score)
 
 
 @dataclasses.dataclass(frozen=True)

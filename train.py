@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,9 @@ class Config:
   mode: str = option(
     "mixed_save", "mixed (least memory), mixed_save (fast on CPUs), reverse, first_order (ablation)"
   )
+  microbatches: int = option(
+    1, "parts of an inner and of an outer batch, formed in turn: less memory, the same result"
+  )
   inner_learning_rate: float = option(3e-3, "of the inner AdamW")
   inner_warmup: int = option(0, "inner updates of linear warm-up after each re-initialisation")
   inner_weight_decay: float = option(0.0, "decoupled, of the inner AdamW")
@@ -94,6 +97,11 @@ class Config:
   def __post_init__(self):
     for name in ("meta_steps", "n_models", "inner_steps", "inner_batch", "outer_batch", "lifetime"):
       check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
+    for name in ("inner_batch", "outer_batch"):
+      check(
+        self.microbatches >= 1 and getattr(self, name) % self.microbatches == 0,
+        f"--{name}={getattr(self, name)} must be a multiple of --microbatches={self.microbatches}",
+      )
     m, n = self.members_per_step, self.n_models
     check(m is None or 1 <= m <= n, f"--members_per_step={m} must lie in 1..--n_models={n}")
     for name in ("meta_steps", "checkpoint_every"):
@@ -162,22 +170,24 @@ def main():
     train(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir), devices)
 
 
-def make_mesh(config: Config, spec: str | None) -> jax.sharding.Mesh:
+def make_mesh(
+  config: Config, spec: str | None, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
   """The mesh that --mesh names, or the default, if the configuration can be spread over it."""
   m = config.members_per_step or config.n_models
   if m < config.n_models:  # any of them may be drawn, wherever they lie
     spec = spec or "population=1"
-  devices = mesh.make_mesh(spec, config.n_models)
+  devices = mesh.make_mesh(spec, config.n_models, devices)
   check(
     m == config.n_models or devices.shape["population"] == 1,
     f"--members_per_step={m} draws from all inner models: use --mesh=population=1",
   )
   for name in ("inner_batch", "outer_batch"):
-    value, size = getattr(config, name), devices.shape["data"]
+    value, size, parts = getattr(config, name), devices.shape["data"], config.microbatches
     check(
-      value % size == 0,
-      f"--{name}={value} is not a multiple of the {size} devices of the mesh's data axis: change "
-      "it, or give another --mesh=population=...,data=...",
+      value % (size * parts) == 0,
+      f"--{name}={value} is not a multiple of the {size} devices of the mesh's data axis, times "
+      f"--microbatches={parts}: change it, or give another --mesh=population=...,data=...",
     )
   return devices
 
@@ -307,9 +317,10 @@ def build(config: Config, vocab_size: int):
   """The bilevel problem, Theta, H and the population's settings, from a configuration."""
   model_config = transformer.preset(config.model, vocab_size, dtype=config.dtype)
   problem = meta_step.datarater_problem(
-    transformer.language_model(model_config, config.loss_backend),
+    transformer.language_model(model_config, config.loss_backend, config.microbatches),
     make_rater(config, vocab_size),
-    remat=model_config.remat,
+    model_config.remat,
+    config.microbatches,
   )
   inner_optimizer = meta_step.inner_adamw(
     config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay

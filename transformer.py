@@ -215,7 +215,9 @@ class LanguageModel(NamedTuple):
   loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]
 
 
-def language_model(config: TransformerConfig, loss_backend: str | None = None) -> LanguageModel:
+def language_model(
+  config: TransformerConfig, loss_backend: str | None = None, microbatches: int = 1
+) -> LanguageModel:
   """A causal transformer with the weighted next-token loss
 
     loss(params, weights_B, batch) = sum_i weights_B[i] * l_i, and the l_i [B] beside it,
@@ -223,6 +225,8 @@ def language_model(config: TransformerConfig, loss_backend: str | None = None) -
   where l_i is the mean over sequence i of -log P(next token of the same document | those before),
   0 for a sequence with nothing to predict. Weights that sum to 1 give the paper's weighted
   gradient, weights of 1 / B the plain mean. The l_i are for reading: no gradient flows out of them.
+
+  microbatches: parts of a batch that are formed one after the other, see `accumulate`.
   """
   forward = hk.without_apply_rng(
     hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
@@ -247,7 +251,58 @@ def language_model(config: TransformerConfig, loss_backend: str | None = None) -
     nll_BS = jax.lax.stop_gradient(nll_N).reshape(counted_BS.shape)
     return total, jnp.sum(nll_BS * counted_BS, -1) / counts_B
 
-  return LanguageModel(init, loss)
+  return LanguageModel(init, accumulate(loss, microbatches))
+
+
+def accumulate(loss: Callable, microbatches: int) -> Callable:
+  """The loss of `language_model` by parts of the batch: the same values and derivatives, exactly,
+  since the weights are given and the loss is a sum. Activations are one part's.
+
+  Gradients are formed and added up where the weights are known already, in the forward pass, and
+  so are their tangents in a Hessian-vector product: no part is formed twice.
+  """
+  if microbatches == 1:
+    return loss
+
+  @jax.custom_vjp
+  def whole(params, weights_B, batch):
+    parts = split_batch((weights_B, batch), microbatches)
+    totals, nll = jax.lax.map(lambda part: loss(params, *part), parts)
+    return totals.sum(), merge_batch(nll)
+
+  def forward(params, weights_B, batch):
+    # A reverse pass over this scan then saves no part's activations.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def add_part(of_params, part):
+      (total, nll), (more, of_weights) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        params, *part
+      )
+      return jax.tree.map(jnp.add, of_params, more), (total, nll, of_weights)
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    parts = split_batch((weights_B, batch), microbatches)
+    of_params, (totals, nll, of_weights) = jax.lax.scan(add_part, zero, parts)
+    return (totals.sum(), merge_batch(nll)), (of_params, merge_batch(of_weights))
+
+  def backward(grads, cotangents):
+    of_total, _ = cotangents  # the l_i carry none
+    return *jax.tree.map(lambda g: of_total * g, grads), None
+
+  whole.defvjp(forward, backward)
+  return whole
+
+
+def split_batch(batch: Any, parts: int) -> Any:
+  """[B, ...] -> [parts, B / parts, ...], the part j of the sequences j, j + parts, ...: those of a
+  device that holds neighbours are spread over all parts."""
+  return jax.tree.map(
+    lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+
+def merge_batch(parts: jax.Array) -> jax.Array:
+  """[parts, B / parts] -> [B]: the inverse."""
+  return parts.swapaxes(0, 1).reshape(-1)
 
 
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from benchmarks import targets
+import targets
 from kernels import pallas_gpu, pallas_tpu, score_weighted_loss
 
 MINIMUM = {"value": 1, "gradient": 3, "product": 7}

@@ -6,6 +6,7 @@ them in an environment of its own.
 Axes: N tokens, D model width, V vocabulary.
 """
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -14,7 +15,11 @@ import shutil
 import jax
 import pytest
 
-from benchmarks import loss, targets
+import hlo
+import plan
+import targets
+import train
+from benchmarks import loss
 from kernels import pallas_gpu
 
 N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
@@ -22,7 +27,7 @@ VOCABULARIES = {32_000: 10, 256_000: 50}  # V -> how many times less temporary m
 UNITS = {"value": 1, "gradient": 4, "product": 10}
 
 has = importlib.util.find_spec
-missing = {name: not has("libtpu") for name in targets.TPU_TOPOLOGIES}
+missing = {name: not has("libtpu") for name in targets.NAMES}
 missing["h100"] = not (has("jax_cuda13_plugin") and shutil.which("ptxas"))
 reason = "needs libtpu, or jax-cuda13-plugin and ptxas: make test-compile"
 TARGETS = [
@@ -104,6 +109,37 @@ def test_odd_sizes_compile(target, dtype):
 def test_float32_compiles_at_full_size(target):
   """Twice the bytes in every block, and matmuls of several passes."""
   _compile(target, _backend(target), "product", 32_000, "float32")
+
+
+@pytest.mark.parametrize(
+  "target, mesh",
+  [("v5e", None), ("v5e:2x2", "population=2,data=2"), ("v5p:2x2x1", None), ("h100", None)],
+)
+def test_a_small_run_is_planned(target, mesh):
+  if missing[target.split(":")[0]]:
+    pytest.skip(reason)
+  small = dict(model="nano", rater="nano", n_models=2, inner_batch=8, outer_batch=8)
+  config = train.Config(**small, mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
+  compiled = plan.compile_run(config, target, mesh, 259)
+  assert compiled.fits and 0 < compiled.arguments < compiled.peak < 1e9 and compiled.temp > 0
+  assert compiled.program.unknown_loops == 0 and compiled.traffic.unknown_loops == 0
+  least = config.n_models * plan.minimum(config, 259).total
+  assert least < compiled.program.products < 1.5 * least
+  exchanged = hlo.by_kind(compiled.traffic.collectives)
+  if compiled.devices == 1:
+    assert exchanged == {}
+  else:
+    assert exchanged["all-reduce"][1] > 0
+    assert plan.report(config, target, 259, compiled).count("\nfits\n") == 1
+
+
+@pytest.mark.skipif(missing["v5e"], reason=reason)
+def test_what_does_not_fit_is_told():
+  config = train.Config(**train.PRESETS["paper"] | dict(model="nano", rater="nano", n_models=1))
+  config = dataclasses.replace(config, steps_per_call=1, inner_batch=2**13, outer_batch=2**13)
+  compiled = plan.compile_run(config, "v5e", None, 259)
+  assert not compiled.fits and "exceeds available HBM" in compiled.refusal
+  assert compiled.peak > 16e9
 
 
 @pytest.mark.skipif(missing["h100"], reason=reason)

@@ -1,0 +1,285 @@
+"""What a meta-training run needs of machines that need not be here: memory, FLOPs, traffic, time.
+
+  python plan.py --preset=paper --target=v5p:4x4x4 --mesh=population=8,data=8
+  python plan.py --preset=paper --target=h100 --n_models=1 --inner_batch=8 --outer_batch=8
+
+Takes the flags of train.py, compiles the program that it would run for the target (v5e, v5p, v6e
+with a topology, h100) on this machine's CPU, and says whether it fits; if not, tries flags that
+make it fit: the last command printed is the one that does. Needs the compilers of
+`make .venv-compile/ready`; a pod takes minutes.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import SingleDeviceSharding
+
+import cli
+import data
+import flops
+import hlo
+import mesh
+import meta_step
+import targets
+import train
+import transformer
+from cli import check
+
+MICROBATCHES = (2, 4, 8, 16, 32, 64, 128)  # tried in turn where a program does not fit
+
+
+class Compiled(NamedTuple):
+  """One program of a run (`steps_per_call` meta-steps) for one target. Bytes are of a device."""
+
+  devices: int
+  fits: bool
+  arguments: float  # bytes, the state among them
+  outputs: float  # bytes that do not take the place of an argument
+  temp: float  # bytes
+  peak: float  # bytes: all of these at once
+  program: flops.Flops  # of all devices, one meta-step
+  traffic: hlo.Traffic | None  # of one meta-step; None where the compiler gives no text
+  estimate: float | None  # seconds of one meta-step, the compiler's own; loops' bodies once
+  seconds: float  # that compiling took
+  refusal: str  # of the compiler, where the program does not fit
+
+
+def compile_run(config: train.Config, target: str, mesh_spec: str | None, vocabulary: int):
+  """Compiles the program of train.py.
+
+  Raises:
+    UserError: a target or mesh that does not exist, or whose compiler is not installed.
+  """
+  chip = targets.chip(target)
+  devices = targets.devices(target)
+  grid = train.make_mesh(config, mesh_spec, devices)
+  single = SingleDeviceSharding(devices[0])
+  problem, inner_optimizer, meta_optimizer, meta_config = train.build(config, vocabulary)
+  parts = dict(problem=problem, inner_optimizer=inner_optimizer, meta_optimizer=meta_optimizer)
+  rater = train.make_rater(config, vocabulary)
+  M, N, T = config.steps_per_call, config.n_models, config.inner_steps
+  m = config.members_per_step or N
+
+  def batch(*shape, axes=()):
+    where = mesh.sharding(grid, *axes) or single
+    array = jax.ShapeDtypeStruct((*shape, config.sequence_length), jnp.int32, sharding=where)
+    return transformer.Batch(array, array)
+
+  probe = batch(config.outer_batch, axes=("data",))
+  inner_batches = batch(M, m, T, config.inner_batch, axes=(None, "population", None, "data"))
+  outer_batches = batch(M, m, config.outer_batch, axes=(None, "population", "data"))
+  key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  start = time.monotonic()
+  with targets.lowering_for(target), mesh.use(grid):
+    state = jax.eval_shape(
+      lambda key, probe: meta_step.init(
+        key, rater.init(key), problem, inner_optimizer, meta_optimizer, meta_config, probe
+      ),
+      key,
+      probe,
+    )
+    where = mesh.state_shardings(grid, state) or jax.tree.map(lambda _: single, state)
+    state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
+    )
+    step = jax.jit(
+      functools.partial(meta_step.meta_steps, config=meta_config, **parts),
+      donate_argnums=0,
+      out_shardings=(where, None) if grid.size > 1 else single,
+    )
+    traced = step.trace(state, inner_batches, outer_batches, probe)
+    program = flops.count_jaxpr(traced.jaxpr.jaxpr).times(1 / M)
+    lowered = traced.lower(lowering_platforms=(chip.platform,))
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return _refused(str(error), len(devices), program, time.monotonic() - start)
+  return _measured(compiled, chip, len(devices), program, M, time.monotonic() - start)
+
+
+def report(
+  config: train.Config,
+  target: str,
+  vocabulary: int,
+  compiled: Compiled,
+  step_time: float | None = None,
+  utilisation: float = 0.4,
+) -> str:
+  """What `compiled` says, in lines."""
+  chip, n, c = targets.chip(target), compiled.devices, compiled
+  least = minimum(config, vocabulary)
+  of_members = config.members_per_step or config.n_models
+  mixed, once = of_members * least.total, of_members * (least.total - least.kept)
+  formed = c.program.products - c.program.recomputed
+  giga = lambda x: f"{x / 1e9:.2f} GB"
+  lines = [
+    f"{target}: {n} device{'s' * (n > 1)}; compiled in {c.seconds:.0f} s",
+    f"memory of a device ({giga(chip.memory)}): "
+    + (
+      f"arguments {giga(c.arguments)} + outputs {giga(c.outputs)} + temp {giga(c.temp)}; "
+      f"peak {giga(c.peak)}"
+      if not c.refusal
+      else c.refusal
+    ),
+    "fits" if c.fits else "DOES NOT FIT",
+    "",
+    "one meta-step, all devices",
+    f"  products formed        {formed:.4g} FLOPs",
+    f"  formed again by remat  {c.program.recomputed:.4g} FLOPs",
+    f"  element-wise           {c.program.elementwise:.4g}"
+    + f" ({c.program.unknown_loops} loops of unknown length)" * bool(c.program.unknown_loops),
+    f"  minimum of mode mixed  {mixed:.4g} FLOPs: products formed are "
+    f"{formed / mixed:.3f} of it, with remat {c.program.products / mixed:.3f}",
+    *(f"    {name:20s} {of_members * x:.4g}" for name, x in least._asdict().items()),
+    f"  nothing formed twice   {once:.4g} FLOPs (less `kept`)",
+    "",
+    "one meta-step, a device",
+    f"  least time by FLOPs    {c.program.products / n / chip.flops:.3g} s at the chip's peak "
+    f"({once / n / chip.flops:.3g} s for what is formed once)",
+  ]
+  if c.traffic:
+    lines += [
+      f"  memory traffic         {giga(c.traffic.bytes)}: at least "
+      f"{c.traffic.bytes / chip.bandwidth:.3g} s"
+      + f" ({c.traffic.unknown_loops} loops of unknown length)"
+      * bool(c.traffic.unknown_loops)
+    ]
+    for kind, (times, size) in sorted(hlo.by_kind(c.traffic.collectives).items()):
+      lines.append(f"  {kind:22s} {giga(size)} in {times:.0f}")
+  elif not c.refusal:
+    lines.append("  memory traffic         unknown: the compiler gives no text of its module")
+  if c.estimate and c.estimate > 0:
+    lines.append(f"  compiler's estimate    {c.estimate:.3g} s, loops' bodies taken once")
+  if step_time:
+    used = once / (n * chip.flops * step_time)
+    lines.append(f"  model FLOPs utilisation {used:.1%} at {step_time:g} s (what is formed once)")
+  K, S, T = config.meta_steps, config.sequence_length, config.inner_steps
+  inner_tokens = K * of_members * T * config.inner_batch * S
+  outer_tokens = K * of_members * config.outer_batch * S
+  hours = K * once / (utilisation * chip.flops) / 3600
+  lines += [
+    "",
+    f"the run, {K:,} meta-steps",
+    f"  tokens                 {inner_tokens:.4g} inner, {outer_tokens:.4g} outer",
+    f"  FLOPs                  {K * once:.4g} formed once, {K * c.program.products:.4g} in all",
+    f"  chip-hours             {hours:,.3g} at {utilisation:.0%} utilisation"
+    f" ({hours / n:,.1f} h on {n})",
+  ]
+  return "\n".join(lines)
+
+
+def minimum(config: train.Config, vocabulary: int) -> flops.Minimum:
+  """Of one member's meta-step."""
+  return flops.minimum(
+    transformer.preset(config.model, vocabulary),
+    transformer.preset(config.rater, vocabulary),
+    config.inner_steps,
+    config.inner_batch,
+    config.outer_batch,
+    config.sequence_length,
+  )
+
+
+def alternatives(
+  config: train.Config, target: str, spec: str | None, data_shards: int
+) -> Iterator[tuple[dict[str, Any], str, str | None]]:
+  """(changed flags of train.py, target, mesh) that need less memory, the least costly first."""
+  less = {} if config.mode in ("mixed", "first_order") else {"mode": "mixed"}
+  if less:
+    yield less, target, spec
+  sizes = (config.inner_batch, config.outer_batch)
+  for parts in MICROBATCHES:
+    if parts > config.microbatches and all(b % (parts * data_shards) == 0 for b in sizes):
+      yield less | {"microbatches": parts}, target, spec
+  if ":" in target and all(b % (2 * data_shards) == 0 for b in sizes):
+    chip, axes = target.split(":")
+    sizes = [int(size) for size in axes.split("x")]
+    population = math.prod(sizes) // data_shards
+    sizes[sizes.index(min(sizes))] *= 2
+    larger = f"{chip}:{'x'.join(map(str, sorted(sizes)))}"
+    yield less, larger, f"population={population},data={2 * data_shards}"
+
+
+def _refused(error, devices, program, seconds):
+  """What a compiler says that gives up; the first size it names is what the program asks for."""
+  used = re.search(r"\b([\d.]+)([KMGT])\b", error)
+  peak = float(used[1]) * 1024.0 ** "_KMGT".index(used[2]) if used else math.nan
+  said = error.splitlines()[0]
+  nan = math.nan
+  return Compiled(devices, False, nan, nan, nan, peak, program, None, None, seconds, said)
+
+
+def _measured(compiled, chip, devices, program, M, seconds):
+  memory = compiled.memory_analysis()
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  peak = arguments + outputs + temp
+  try:
+    traffic = hlo.traffic(compiled.as_text())
+    traffic = traffic._replace(
+      bytes=traffic.bytes / M,
+      collectives=[c._replace(times=c.times / M) for c in traffic.collectives],
+    )
+  except (jax.errors.JaxRuntimeError, ValueError):  # a module newer than this JAX can read
+    traffic = None
+  costs = compiled.cost_analysis() or {}
+  estimate = costs.get("optimal_seconds")
+  fits = peak <= chip.memory
+  return Compiled(
+    devices, fits, arguments, outputs, temp, peak, program, traffic, estimate, seconds, ""
+  )
+
+
+def main():
+  FLAGS = flags.FLAGS
+  jax.config.update("jax_platforms", "cpu")
+  config = cli.config_from_flags(train.Config, train.PRESETS[FLAGS.preset])
+  vocabulary = FLAGS.vocabulary or (
+    data.load_tokenizer("bytes").vocab_size if config.tokenizer == "bytes" else 32_000
+  )
+  target, spec = FLAGS.target, FLAGS.mesh
+  check(target is not None, "name what to plan for with --target: v5p:4x4x4, v5e:8x8, h100, ...")
+  grid = train.make_mesh(config, spec, targets.devices(target))
+
+  def fits(config, target, spec):
+    compiled = compile_run(config, target, spec, vocabulary)
+    print(report(config, target, vocabulary, compiled, FLAGS.step_time, FLAGS.utilisation))
+    return compiled.fits
+
+  given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(config)}
+  given = {name: value for name, value in given.items() if value is not None}
+  tried = [({}, target, spec)]
+  if FLAGS.search:
+    tried += alternatives(config, target, spec, grid.shape["data"])
+  for changed, target, spec in tried:
+    values = given | changed
+    command = ["python plan.py", f"--preset={FLAGS.preset}", f"--target={target}"]
+    command += [f"--mesh={spec}"] if spec else []
+    command += [f"--{name}={value}" for name, value in values.items()]
+    print(f"$ {' '.join(command)}", flush=True)
+    if fits(dataclasses.replace(config, **changed), target, spec):
+      return
+    print(flush=True)
+  print("nothing tried fits: more devices along `data` are needed, or a smaller batch or model")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("target", None, "v5e, v5p, v6e, with a topology like v5p:4x4x4; or h100")
+  flags.DEFINE_string("mesh", None, "population=8,data=8; default: all devices of the target")
+  flags.DEFINE_integer("vocabulary", None, "V; default 32,000, or that of --tokenizer=bytes")
+  flags.DEFINE_float("step_time", None, "seconds of a meta-step, measured or hoped for")
+  flags.DEFINE_float("utilisation", 0.4, "of the chips' peak, for the run's chip-hours")
+  flags.DEFINE_boolean("search", True, "where the program does not fit, try flags that help")
+  flags.DEFINE_enum("preset", "paper", list(train.PRESETS), "defaults of train.py's flags")
+  cli.define_flags(train.Config)
+  cli.run(main)
