@@ -58,8 +58,9 @@ def main():
   for name in ("tiny/learning_curves", "tiny/discard", "tiny/compute"):
     shutil.copy(folder / f"{name}.png", ROOT / "figures" / f"{Path(name).name}.png")
   readme = ROOT / "README.md"
-  marked = r"(?s)(<!-- make reproduce -->\n).*?(\n<!-- end -->)"
-  readme.write_text(re.sub(marked, lambda m: m[1] + text + m[2], readme.read_text()))
+  marked = r"(?s)(<!-- make reproduce -->).*?(<!-- end -->)"
+  written = re.sub(marked, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme.read_text())
+  readme.write_text(written)
   print(f"{text}\n\n{minutes:.0f} minutes; README.md and figures/ are rewritten")
 
 
