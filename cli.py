@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 
 from absl import app, flags
 
-from documents import DataError
-
 Config = TypeVar("Config")
 
 
@@ -78,7 +76,7 @@ def run(main: Callable[[], None]) -> None:
     try:
       check(len(argv) == 1, f"unexpected argument {argv[1:]}: flags look like --name=value")
       main()
-    except (UserError, DataError) as error:
+    except UserError as error:
       print(f"error: {error}", file=sys.stderr)
       sys.exit(2)
 

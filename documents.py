@@ -29,12 +29,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 import demo_corpus
+from cli import UserError
 
 SPLITS = ("train", "outer", "validation")
 TEXT_FILE_CHARS = 8_000  # a longer text file becomes several documents
 
 
-class DataError(ValueError):
+class DataError(UserError):
   """Bad input, in one line: what is wrong and how to mend it."""
 
 

@@ -71,6 +71,7 @@ def state_and_metrics(workdir):
   return state, rows, scores
 
 
+@pytest.mark.slow
 def test_two_hosts_with_deaths_between_are_one_run(start, tmp_path, monkeypatch):
   for dies, after in ((1, 8), (0, 40)):
     both = start_hosts(start, "two")
@@ -88,7 +89,8 @@ def test_two_hosts_with_deaths_between_are_one_run(start, tmp_path, monkeypatch)
   (output, errors), (other, _) = (host.communicate(timeout=600) for host in both)
   assert [host.returncode for host in both] == [0, 0], errors
   assert "resuming after meta-step" in output and "DataRater after 120 meta-steps" in output
-  assert not other.strip()  # the leader speaks
+  said = [line for line in other.splitlines() if not line.startswith("[Gloo]")]
+  assert not said  # the leader speaks
 
   monkeypatch.setenv(
     "XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
