@@ -8,7 +8,7 @@ BIN := .venv/bin
 train: setup  ## meta-trains a rater on the demo corpus; ends in minutes with figures in runs/demo
 	$(BIN)/python train.py --workdir=$(WORKDIR)
 
-reproduce: setup  ## the paper's three steps, tables and figures of README.md: under an hour on 2 cores
+reproduce: setup  ## the paper's three steps, tables and figures of README.md: about an hour on 2 cores
 	$(BIN)/python benchmarks/reproduce.py
 
 test: setup lint  ## under 15 minutes on 2 cores

@@ -1,6 +1,6 @@
 """The paper's three steps at the size of a laptop, and the tables and figures that README.md shows.
 
-  make reproduce        # under an hour on 2 cores; what is finished is not done again
+  make reproduce        # about an hour on 2 cores; what is finished is not done again
 
 Meta-trains a rater on the demo corpus with half of its training documents corrupted, sweeps the
 discard fraction, trains language models under every policy with three seeds, repeats that with
@@ -55,7 +55,7 @@ def main():
   minutes = (time.monotonic() - began) / 60
   text = tables(folder)
   (folder / "tables.md").write_text(text)
-  for name in ("tiny/learning_curves", "tiny/discard", "tiny/compute"):
+  for name in ("tiny/learning_curves", "tiny/discard"):
     shutil.copy(folder / f"{name}.png", ROOT / "figures" / f"{Path(name).name}.png")
   readme = ROOT / "README.md"
   marked = r"(?s)(<!-- make reproduce -->).*?(<!-- end -->)"
