@@ -6,9 +6,10 @@
 
 Data, tokenizer and splits are the rater's, so nothing that is reported has been seen by the rater
 or its inner models. Like for like: all policies start from the same parameters, see as many tokens
-and follow the same schedule. Started again, it goes on where it stopped, to the same bytes. The
-workdir gets runs/ (a folder for each model trained: curve.jsonl, checkpoints/), scores/, and at
-the end table.md, results.json and figures.
+and follow the same schedule. Started again, it goes on where it stopped; with the same
+--jobs to the same bytes (one core and two round differently). The workdir gets runs/ (a folder for
+each model trained: curve.jsonl, checkpoints/), scores/, and at the end table.md, results.json and
+figures.
 
 The validation split is halved by a hash of the documents' texts: `selection` chooses rho, and
 `validation` is what is reported. Where noise levels are known (the demo), both hold clean documents
