@@ -15,6 +15,7 @@ its inputs and g_t, nothing else.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, Any]]  # (params, meta, batch) -> (loss, aux)
 
-MODES = ("mixed", "mixed_save", "reverse", "first_order")
+MODES = ("mixed", "mixed_offload", "mixed_save", "reverse", "first_order")
 
 
 class InnerState(NamedTuple):
@@ -55,6 +56,7 @@ def unroll(
     mode: how the gradient of the result is formed; the result itself is the same.
       "mixed": MixFlow-MG, each step saves its inputs and g_t: 9 forward units (F) for a step's
         Hessian-vector product, of which 3 F repeat what the forward pass did.
+      "mixed_offload": the same, but what is saved waits in the host's memory.
       "mixed_save": MixFlow-MG, each step also saves the results of its matrix products, forward
         and backward: 6 F, at the memory of T steps' activations. Faster on CPUs. Its steps are
         unrolled: the compile time grows with T.
@@ -84,7 +86,8 @@ def unroll_window(
   if mode == "reverse":  # autodiff finds by itself that nothing before theta_0 is asked for
     return unroll(loss_fn, optimizer, state, metas, batches, mode)
   first, rest = (jax.tree.map(lambda x, s=s: x[s], (metas, batches)) for s in (0, slice(1, None)))
-  state, aux_0 = _step(_gradient(loss_fn, mode, hessian=False), optimizer, state, *first)
+  step = partial(_step, _gradient(loss_fn, mode, hessian=False), optimizer)
+  state, aux_0 = _saving(step, mode)(state, *first)
   if not len(jax.tree.leaves(batches)[0]) > 1:
     return state, jax.tree.map(lambda x: x[None], aux_0)
   state, aux = _unroll(_gradient(loss_fn, mode), optimizer, state, *rest, mode)
@@ -92,17 +95,32 @@ def unroll_window(
 
 
 def _unroll(gradient, optimizer, state, metas, batches, mode):
-  def step(state, x):
-    return _step(gradient, optimizer, state, *x)
-
-  if mode in ("mixed", "first_order"):  # save g_t and the step's inputs, recompute the optimiser
-    policy = jax.checkpoint_policies.save_only_these_names("inner_grads")
-    step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+  step = _saving(partial(_step, gradient, optimizer), mode, prevent_cse=False)
   # As a loop, what "mixed_save" keeps would be copied into and out of arrays with an axis T.
-  return jax.lax.scan(step, state, (metas, batches), unroll=mode == "mixed_save")
+  return jax.lax.scan(
+    lambda state, x: step(state, *x), state, (metas, batches), unroll=mode == "mixed_save"
+  )
+
+
+def _saving(step, mode, prevent_cse=True):
+  """`step` that keeps its inputs and g_t for the backward pass, and forms the optimiser again
+  there. "mixed_save" and "reverse" keep all of the optimiser."""
+  policies = jax.checkpoint_policies
+  policy = policies.save_only_these_names("inner_grads")
+  if mode == "mixed_offload":
+    policy = policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=["inner_state", "inner_grads"],
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+  elif mode in ("mixed_save", "reverse"):
+    return step
+  return jax.checkpoint(step, policy=policy, prevent_cse=prevent_cse)
 
 
 def _step(gradient, optimizer, state, meta, batch):
+  state = checkpoint_name(state, "inner_state")
   grads, aux = gradient(state.params, meta, jax.lax.stop_gradient(batch))
   grads = checkpoint_name(grads, "inner_grads")
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

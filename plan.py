@@ -10,7 +10,6 @@ make it fit: the last command printed is the one that does. Needs the compilers 
 """
 
 import dataclasses
-import functools
 import math
 import re
 import time
@@ -27,7 +26,6 @@ import data
 import flops
 import hlo
 import mesh
-import meta_step
 import targets
 import train
 import transformer
@@ -45,7 +43,7 @@ class Compiled(NamedTuple):
   outputs: float  # bytes that do not take the place of an argument
   temp: float  # bytes
   peak: float  # bytes: all of these at once
-  program: flops.Flops  # of all devices, one meta-step
+  work: flops.Flops  # of all devices, one meta-step
   traffic: hlo.Traffic | None  # of one meta-step; None where the compiler gives no text
   estimate: float | None  # seconds of one meta-step, the compiler's own; loops' bodies once
   seconds: float  # that compiling took
@@ -62,49 +60,32 @@ def compile_run(config: train.Config, target: str, mesh_spec: str | None, vocabu
   devices = targets.devices(target)
   grid = train.make_mesh(config, mesh_spec, devices)
   single = SingleDeviceSharding(devices[0])
-  problem, inner_optimizer, meta_optimizer, meta_config = train.build(config, vocabulary)
-  parts = dict(problem=problem, inner_optimizer=inner_optimizer, meta_optimizer=meta_optimizer)
-  rater = train.make_rater(config, vocabulary)
-  M, N, T = config.steps_per_call, config.n_models, config.inner_steps
-  m = config.members_per_step or N
+  program, M = train.build(config, vocabulary), config.steps_per_call
 
-  def batch(*shape, axes=()):
-    where = mesh.sharding(grid, *axes) or single
-    array = jax.ShapeDtypeStruct((*shape, config.sequence_length), jnp.int32, sharding=where)
+  def batch(shape, axes):
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh.sharding(grid, *axes) or single)
     return transformer.Batch(array, array)
 
-  probe = batch(config.outer_batch, axes=("data",))
-  inner_batches = batch(M, m, T, config.inner_batch, axes=(None, "population", None, "data"))
-  outer_batches = batch(M, m, config.outer_batch, axes=(None, "population", "data"))
+  batches = {name: batch(*how) for name, how in train.batch_shapes(config).items()}
   key = jax.ShapeDtypeStruct((2,), jnp.uint32)
   start = time.monotonic()
   with targets.lowering_for(target), mesh.use(grid):
-    state = jax.eval_shape(
-      lambda key, probe: meta_step.init(
-        key, rater.init(key), problem, inner_optimizer, meta_optimizer, meta_config, probe
-      ),
-      key,
-      probe,
-    )
+    state = jax.eval_shape(program.init, key, batches["probe"])
     where = mesh.state_shardings(grid, state) or jax.tree.map(lambda _: single, state)
     state = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
     )
-    step = jax.jit(
-      functools.partial(meta_step.meta_steps, config=meta_config, **parts),
-      donate_argnums=0,
-      out_shardings=(where, None) if grid.size > 1 else single,
-    )
-    traced = step.trace(state, inner_batches, outer_batches, probe)
-    program = flops.count_jaxpr(traced.jaxpr.jaxpr).times(1 / M)
+    step = train.jit_meta_steps(program, (where, mesh.sharding(grid) or single))
+    traced = step.trace(state, batches["inner"], batches["outer"], batches["probe"])
+    work = flops.count_jaxpr(traced.jaxpr.jaxpr).times(1 / M)
     lowered = traced.lower(lowering_platforms=(chip.platform,))
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return _refused(str(error), len(devices), program, time.monotonic() - start)
-  return _measured(compiled, chip, len(devices), program, M, time.monotonic() - start)
+      return _refused(str(error), grid.size, work, time.monotonic() - start)
+  return _measured(compiled, chip, grid.size, work, M, time.monotonic() - start)
 
 
 def report(
@@ -120,7 +101,7 @@ def report(
   least = minimum(config, vocabulary)
   of_members = config.members_per_step or config.n_models
   mixed, once = of_members * least.total, of_members * (least.total - least.kept)
-  formed = c.program.products - c.program.recomputed
+  formed = c.work.products - c.work.recomputed
   giga = lambda x: f"{x / 1e9:.2f} GB"
   lines = [
     f"{target}: {n} device{'s' * (n > 1)}; compiled in {c.seconds:.0f} s",
@@ -135,16 +116,16 @@ def report(
     "",
     "one meta-step, all devices",
     f"  products formed        {formed:.4g} FLOPs",
-    f"  formed again by remat  {c.program.recomputed:.4g} FLOPs",
-    f"  element-wise           {c.program.elementwise:.4g}"
-    + f" ({c.program.unknown_loops} loops of unknown length)" * bool(c.program.unknown_loops),
+    f"  formed again by remat  {c.work.recomputed:.4g} FLOPs",
+    f"  element-wise           {c.work.elementwise:.4g}"
+    + f" ({c.work.unknown_loops} loops of unknown length)" * bool(c.work.unknown_loops),
     f"  minimum of mode mixed  {mixed:.4g} FLOPs: products formed are "
-    f"{formed / mixed:.3f} of it, with remat {c.program.products / mixed:.3f}",
+    f"{formed / mixed:.3f} of it, with remat {c.work.products / mixed:.3f}",
     *(f"    {name:20s} {of_members * x:.4g}" for name, x in least._asdict().items()),
     f"  nothing formed twice   {once:.4g} FLOPs (less `kept`)",
     "",
     "one meta-step, a device",
-    f"  least time by FLOPs    {c.program.products / n / chip.flops:.3g} s at the chip's peak "
+    f"  least time by FLOPs    {c.work.products / n / chip.flops:.3g} s at the chip's peak "
     f"({once / n / chip.flops:.3g} s for what is formed once)",
   ]
   if c.traffic:
@@ -171,7 +152,7 @@ def report(
     "",
     f"the run, {K:,} meta-steps",
     f"  tokens                 {inner_tokens:.4g} inner, {outer_tokens:.4g} outer",
-    f"  FLOPs                  {K * once:.4g} formed once, {K * c.program.products:.4g} in all",
+    f"  FLOPs                  {K * once:.4g} formed once, {K * c.work.products:.4g} in all",
     f"  chip-hours             {hours:,.3g} at {utilisation:.0%} utilisation"
     f" ({hours / n:,.1f} h on {n})",
   ]
@@ -210,16 +191,16 @@ def alternatives(
     yield less, larger, f"population={population},data={2 * data_shards}"
 
 
-def _refused(error, devices, program, seconds):
+def _refused(error, devices, work, seconds):
   """What a compiler says that gives up; the first size it names is what the program asks for."""
   used = re.search(r"\b([\d.]+)([KMGT])\b", error)
   peak = float(used[1]) * 1024.0 ** "_KMGT".index(used[2]) if used else math.nan
   said = error.splitlines()[0]
   nan = math.nan
-  return Compiled(devices, False, nan, nan, nan, peak, program, None, None, seconds, said)
+  return Compiled(devices, False, nan, nan, nan, peak, work, None, None, seconds, said)
 
 
-def _measured(compiled, chip, devices, program, M, seconds):
+def _measured(compiled, chip, devices, work, M, seconds):
   memory = compiled.memory_analysis()
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -236,50 +217,70 @@ def _measured(compiled, chip, devices, program, M, seconds):
   estimate = costs.get("optimal_seconds")
   fits = peak <= chip.memory
   return Compiled(
-    devices, fits, arguments, outputs, temp, peak, program, traffic, estimate, seconds, ""
+    devices, fits, arguments, outputs, temp, peak, work, traffic, estimate, seconds, ""
   )
 
 
-def main():
-  FLAGS = flags.FLAGS
+def plan(
+  config: train.Config,
+  target: str,
+  spec: str | None = None,
+  vocabulary: int | None = None,
+  step_time: float | None = None,
+  utilisation: float = 0.4,
+  search: bool = True,
+) -> None:
+  """Prints the report, and where the program does not fit those of flags tried in turn.
+
+  vocabulary: V; default 32,000, or that of --tokenizer=bytes.
+  """
   jax.config.update("jax_platforms", "cpu")
-  config = cli.config_from_flags(train.Config, train.PRESETS[FLAGS.preset])
-  vocabulary = FLAGS.vocabulary or (
+  vocabulary = vocabulary or (
     data.load_tokenizer("bytes").vocab_size if config.tokenizer == "bytes" else 32_000
   )
-  target, spec = FLAGS.target, FLAGS.mesh
-  check(target is not None, "name what to plan for with --target: v5p:4x4x4, v5e:8x8, h100, ...")
-  grid = train.make_mesh(config, spec, targets.devices(target))
-
-  def fits(config, target, spec):
-    compiled = compile_run(config, target, spec, vocabulary)
-    print(report(config, target, vocabulary, compiled, FLAGS.step_time, FLAGS.utilisation))
-    return compiled.fits
-
-  given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(config)}
-  given = {name: value for name, value in given.items() if value is not None}
   tried = [({}, target, spec)]
-  if FLAGS.search:
-    tried += alternatives(config, target, spec, grid.shape["data"])
+  if search:
+    shards = train.make_mesh(config, spec, targets.devices(target)).shape["data"]
+    tried += alternatives(config, target, spec, shards)
   for changed, target, spec in tried:
-    values = given | changed
-    command = ["python plan.py", f"--preset={FLAGS.preset}", f"--target={target}"]
-    command += [f"--mesh={spec}"] if spec else []
-    command += [f"--{name}={value}" for name, value in values.items()]
-    print(f"$ {' '.join(command)}", flush=True)
-    if fits(dataclasses.replace(config, **changed), target, spec):
+    print(f"$ {command(config, changed, target, spec)}", flush=True)
+    changed = dataclasses.replace(config, **changed)
+    compiled = compile_run(changed, target, spec, vocabulary)
+    print(report(changed, target, vocabulary, compiled, step_time, utilisation))
+    if compiled.fits:
       return
     print(flush=True)
   print("nothing tried fits: more devices along `data` are needed, or a smaller batch or model")
 
 
+def command(config: train.Config, changed: dict[str, Any], target: str, spec: str | None) -> str:
+  """What to type for this plan."""
+  FLAGS = flags.FLAGS
+  given = {f.name: FLAGS[f.name].value for f in dataclasses.fields(config)}
+  given = {name: value for name, value in given.items() if value is not None} | changed
+  words = ["python plan.py", f"--preset={FLAGS.preset}", f"--target={target}"]
+  words += [f"--mesh={spec}"] if spec else []
+  for name, value in given.items():
+    words.append(f"--{name}={','.join(value) if isinstance(value, (list, tuple)) else value}")
+  return " ".join(words)
+
+
+def main():
+  FLAGS = flags.FLAGS
+  check(
+    FLAGS.target is not None,
+    "name what to plan for with --target: v5p:4x4x4, v5e:8x8, h100, ...",
+  )
+  config = train.config_of_flags()
+  options = ("vocabulary", "step_time", "utilisation", "search")
+  plan(config, FLAGS.target, FLAGS.mesh, **{name: FLAGS[name].value for name in options})
+
+
 if __name__ == "__main__":
   flags.DEFINE_string("target", None, "v5e, v5p, v6e, with a topology like v5p:4x4x4; or h100")
-  flags.DEFINE_string("mesh", None, "population=8,data=8; default: all devices of the target")
   flags.DEFINE_integer("vocabulary", None, "V; default 32,000, or that of --tokenizer=bytes")
   flags.DEFINE_float("step_time", None, "seconds of a meta-step, measured or hoped for")
   flags.DEFINE_float("utilisation", 0.4, "of the chips' peak, for the run's chip-hours")
   flags.DEFINE_boolean("search", True, "where the program does not fit, try flags that help")
-  flags.DEFINE_enum("preset", "paper", list(train.PRESETS), "defaults of train.py's flags")
-  cli.define_flags(train.Config)
+  train.define_run_flags(preset="paper")
   cli.run(main)

@@ -13,6 +13,7 @@ Devices share the work as --mesh says (mesh.py); several hosts run the same comm
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -76,7 +77,14 @@ class Config:
   lifetime: int = option(200, "inner updates between re-initialisations of an inner model")
   members_per_step: int | None = option(None, "inner models drawn for a meta-step; default all")
   mode: str = option(
-    "mixed_save", "mixed (least memory), mixed_save (fast on CPUs), reverse, first_order (ablation)"
+    "mixed_save",
+    "mixed (little memory), mixed_offload (less: saved states wait in the host's), mixed_save "
+    "(fast on CPUs), reverse, first_order (ablation)",
+  )
+  remat: str | None = option(
+    None,
+    "formed again in the backward pass: none; block (keeps a block's input); products (keeps its "
+    "matrix products too); default block from 50m on, none below",
   )
   microbatches: int = option(
     1, "parts of an inner and of an outer batch, formed in turn: less memory, the same result"
@@ -86,6 +94,7 @@ class Config:
   inner_weight_decay: float = option(0.0, "decoupled, of the inner AdamW")
   meta_learning_rate: float = option(2e-3, "of the meta-AdamW H")
   meta_warmup: int = option(10, "meta-steps of linear warm-up")
+  meta_schedule: str = option("constant", "after it: constant, or cosine to zero at the end")
   meta_weight_decay: float = option(0.1, "decoupled, of the meta-AdamW")
   meta_clip: float = option(0.01, "global norm to which a member's meta-gradient is clipped")
   seed: int = option(0, "of everything that is random")
@@ -111,6 +120,10 @@ class Config:
         f"--{name}={value} must be a positive multiple of --steps_per_call={grain}",
       )
     check(
+      self.meta_schedule != "cosine" or self.meta_warmup < self.meta_steps,
+      f"--meta_warmup={self.meta_warmup} leaves none of --meta_steps={self.meta_steps} to a cosine",
+    )
+    check(
       self.lifetime >= self.inner_steps,
       f"--lifetime={self.lifetime} is shorter than one window of --inner_steps={self.inner_steps}",
     )
@@ -118,11 +131,16 @@ class Config:
       ("mode", inner_loop.MODES),
       ("model", transformer.PRESETS),
       ("rater", transformer.PRESETS),
+      ("meta_schedule", ("constant", "cosine")),
+      ("remat", (None, *transformer.REMAT)),
       ("dtype", ("float32", "bfloat16")),
       ("loss_backend", kernels.BACKENDS),
     ):
       value = getattr(self, name)
-      check(value in choices, f"--{name}={value} is unknown: choose one of {', '.join(choices)}")
+      check(
+        value in choices,
+        f"--{name}={value} is unknown: choose one of {', '.join(filter(None, choices))}",
+      )
 
 
 PAPER = dict(
@@ -158,9 +176,12 @@ SNAPSHOTS = (0, 10, 30, 70)  # meta-steps of the paper's Fig. 3; the last one is
 
 
 def main():
-  FLAGS = flags.FLAGS
+  FLAGS, config = flags.FLAGS, config_of_flags()
+  if FLAGS.plan:
+    import plan
+
+    return plan.plan(config, FLAGS.plan, FLAGS.mesh)
   check(FLAGS.workdir is not None, "name a folder for the run with --workdir")
-  config = cli.config_from_flags(Config, PRESETS[FLAGS.preset])
   logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   if FLAGS.keep_freed_memory:
     cpu.keep_freed_memory()
@@ -196,29 +217,23 @@ def train(config: Config, workdir: Path, cache_dir: Path, devices: jax.sharding.
   """Trains to config.meta_steps, from the workdir's last checkpoint if it has one, and reports."""
   corpus = data.load_corpus(data_config(config), cache_dir, progress=hosts.leader())
   hosts.leader_first(lambda: open_workdir(workdir, config, corpus.fingerprint))
-  m = config.members_per_step or config.n_models
-  grain, T = config.steps_per_call, config.inner_steps
-  problem, inner_optimizer, meta_optimizer, meta_config = build(config, corpus.vocab_size)
+  grain = config.steps_per_call
+  program = build(config, corpus.vocab_size)
   everywhere = mesh.sharding(devices)
-  rater_score = jax.jit(problem.probe, out_shardings=everywhere)
+  rater_score = jax.jit(program.problem.probe, out_shardings=everywhere)
 
-  def batches(split, seed, shape, axes, start=0) -> Iterator[transformer.Batch]:
-    where, whole = mesh.sharding(devices, *axes), (*shape, config.sequence_length)
-    part = mesh.part_of_host(where, whole)[:-1]
-    drawn = data.batch_iterator(corpus.splits[split], seed, shape, start, part)
-    return (mesh.place(batch, where, whole) for batch in drawn)
+  def batches(name, split, seed, start=0) -> Iterator[transformer.Batch]:
+    shape, axes = batch_shapes(config)[name]
+    where = mesh.sharding(devices, *axes)
+    part = mesh.part_of_host(where, shape)[:-1]
+    drawn = data.batch_iterator(corpus.splits[split], seed, shape[:-1], start, part)
+    return (mesh.place(batch, where, shape) for batch in drawn)
 
   documents = corpus.validation_documents(config.report_documents)
-  probe = next(batches("outer", config.seed + 2, (config.outer_batch,), ("data",)))
-
-  def init_state(key, probe):
-    eta_key, key = jax.random.split(key)
-    eta = make_rater(config, corpus.vocab_size).init(eta_key)
-    return meta_step.init(key, eta, problem, inner_optimizer, meta_optimizer, meta_config, probe)
-
+  probe = next(batches("probe", "outer", config.seed + 2))
   key = jax.random.PRNGKey(config.seed)
-  shardings = mesh.state_shardings(devices, jax.eval_shape(init_state, key, probe))
-  state = jax.jit(init_state, out_shardings=shardings)(key, probe)
+  shardings = mesh.state_shardings(devices, jax.eval_shape(program.init, key, probe))
+  state = jax.jit(program.init, out_shardings=shardings)(key, probe)
   checkpoints = Checkpoints(workdir)
   state = checkpoints.restore_latest(state)
   start = int(state.step)
@@ -237,20 +252,8 @@ def train(config: Config, workdir: Path, cache_dir: Path, devices: jax.sharding.
         path.parent.mkdir(exist_ok=True)
         report.write_atomically(path, lambda file: np.save(file, scores))
 
-  inner_batches = batches(
-    "train",
-    config.seed,
-    (grain, m, T, config.inner_batch),
-    (None, "population", None, "data"),
-    start // grain,
-  )
-  outer_batches = batches(
-    "outer",
-    config.seed + 1,
-    (grain, m, config.outer_batch),
-    (None, "population", "data"),
-    start // grain,
-  )
+  inner_batches = batches("inner", "train", config.seed, start // grain)
+  outer_batches = batches("outer", "outer", config.seed + 1, start // grain)
   if start == 0:
     snapshot(state, 0)
 
@@ -269,9 +272,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, devices: jax.sharding.
     inputs = (state, next(inner_batches), next(outer_batches), probe)
     if step is None:
       bar.set_description("compiling")
-      step = compile_meta_steps(
-        inputs, problem, inner_optimizer, meta_optimizer, meta_config, (shardings, everywhere)
-      )
+      step = jit_meta_steps(program, (shardings, everywhere)).lower(*inputs).compile()
       bar.set_description("meta-training")
       began = time.monotonic()
     state, metrics = step(*inputs)
@@ -310,49 +311,69 @@ def data_config(config: Config) -> data.DataConfig:
 
 
 def make_rater(config: Config, vocab_size: int) -> datarater.Rater:
-  return datarater.rater(transformer.preset(config.rater, vocab_size, dtype=config.dtype))
+  return datarater.rater(shape(config, config.rater, vocab_size))
 
 
-def build(config: Config, vocab_size: int):
-  """The bilevel problem, Theta, H and the population's settings, from a configuration."""
-  model_config = transformer.preset(config.model, vocab_size, dtype=config.dtype)
+def shape(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
+  how = {"dtype": config.dtype} | ({"remat": config.remat} if config.remat else {})
+  return transformer.preset(size, vocab_size, **how)
+
+
+class Program(NamedTuple):
+  """What a configuration means, in functions: (init, meta_steps) of the state of Algorithm 1."""
+
+  problem: meta_step.Problem
+  init: Callable[[jax.Array, transformer.Batch], meta_step.MetaState]  # (key, probe) -> state
+  meta_steps: Callable[..., tuple[meta_step.MetaState, dict]]  # see meta_step.meta_steps
+
+
+def build(config: Config, vocab_size: int) -> Program:
+  rater = make_rater(config, vocab_size)
+  model_config = shape(config, config.model, vocab_size)
   problem = meta_step.datarater_problem(
     transformer.language_model(model_config, config.loss_backend, config.microbatches),
-    make_rater(config, vocab_size),
-    model_config.remat,
+    rater,
+    model_config.remat != "none",
     config.microbatches,
   )
-  inner_optimizer = meta_step.inner_adamw(
-    config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay
+  parts = dict(
+    problem=problem,
+    inner_optimizer=meta_step.inner_adamw(
+      config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay
+    ),
+    meta_optimizer=meta_step.paper_meta_optimizer(
+      config.meta_learning_rate,
+      config.meta_warmup,
+      config.meta_weight_decay,
+      config.meta_clip,
+      decay_steps=config.meta_steps if config.meta_schedule == "cosine" else None,
+    ),
+    config=meta_step.MetaConfig(
+      config.n_models, config.lifetime, config.mode, config.members_per_step
+    ),
   )
-  meta_optimizer = meta_step.paper_meta_optimizer(
-    config.meta_learning_rate, config.meta_warmup, config.meta_weight_decay, config.meta_clip
-  )
-  meta_config = meta_step.MetaConfig(
-    config.n_models, config.lifetime, config.mode, config.members_per_step
-  )
-  return problem, inner_optimizer, meta_optimizer, meta_config
+
+  def init(key, probe):
+    eta_key, key = jax.random.split(key)
+    return meta_step.init(key, rater.init(eta_key), probe=probe, **parts)
+
+  return Program(problem, init, functools.partial(meta_step.meta_steps, **parts))
 
 
-def compile_meta_steps(
-  inputs, problem, inner_optimizer, meta_optimizer, meta_config, out_shardings=None
-):
+def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+  """Of the batches of one compiled call: shape, and the axes of the mesh that it lies over."""
+  M, T, S = config.steps_per_call, config.inner_steps, config.sequence_length
+  m = config.members_per_step or config.n_models
+  return {
+    "inner": ((M, m, T, config.inner_batch, S), (None, "population", None, "data")),
+    "outer": ((M, m, config.outer_batch, S), (None, "population", "data")),
+    "probe": ((config.outer_batch, S), ("data",)),
+  }
+
+
+def jit_meta_steps(program: Program, out_shardings: Any = None):
   """The one compiled program of a run: steps_per_call meta-steps, the state updated in place."""
-
-  def meta_steps(state, inner_batches, outer_batches, probe):
-    return meta_step.meta_steps(
-      state,
-      inner_batches,
-      outer_batches,
-      probe,
-      problem=problem,
-      inner_optimizer=inner_optimizer,
-      meta_optimizer=meta_optimizer,
-      config=meta_config,
-    )
-
-  step = jax.jit(meta_steps, donate_argnums=0, out_shardings=out_shardings)
-  return step.lower(*inputs).compile()
+  return jax.jit(program.meta_steps, donate_argnums=0, out_shardings=out_shardings)
 
 
 def describe(config: Config, state: meta_step.MetaState, devices: jax.sharding.Mesh) -> str:
@@ -429,17 +450,27 @@ def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarr
   return score
 
 
+def config_of_flags() -> Config:
+  return cli.config_from_flags(Config, PRESETS[flags.FLAGS.preset])
+
+
+def define_run_flags(preset: str) -> None:
+  """A flag for each field of Config, and those that say where the run takes place."""
+  flags.DEFINE_enum(
+    "preset", preset, list(PRESETS), "defaults of the flags below; demo's are shown"
+  )
+  flags.DEFINE_string("mesh", None, "population=N,data=M: how devices share the work; default all")
+  cli.define_flags(Config)
+
+
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed")
   flags.DEFINE_string("cache_dir", ".cache", "folder of the tokenised corpora")
-  flags.DEFINE_enum(
-    "preset", "demo", list(PRESETS), "defaults of the flags below; demo's are shown"
-  )
-  flags.DEFINE_string("mesh", None, "population=N,data=M: how devices share the work; default all")
+  flags.DEFINE_string("plan", None, "train nothing; say what the run needs of v5p:4x4x4, h100, ...")
   flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several hosts, or auto")
   flags.DEFINE_integer("num_processes", None, "of several hosts")
   flags.DEFINE_integer("process_id", None, "of this one of several hosts, from 0")
   flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent host counts as dead")
   flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
-  cli.define_flags(Config)
+  define_run_flags(preset="demo")
   cli.run(main)

@@ -40,10 +40,18 @@ class TransformerConfig:
   head_dim: int
   d_ff: int
   dtype: str = "float32"  # of activations and matmul inputs; parameters and reductions are float32
-  remat: bool = False  # keep only each block's input for the backward pass
+  remat: str = "none"  # what a block forms again in the backward pass: a name in REMAT
   scan_layers: bool = False  # one compiled block for all layers; unrolled is faster if shallow
   query_block: int = 256  # attention scores are formed for this many queries at a time
 
+
+REMAT = {  # names -> a wrapper of a block
+  "none": lambda block: block,
+  "products": partial(  # keeps its input and its products with weights
+    hk.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
+  "block": hk.remat,  # keeps its input
+}
 
 # The shapes of Chinchilla's table A9; its counts are met with 32,000 tied embeddings (a test holds
 # that), 1B by 944M. `nano` to `small` are for CPUs.
@@ -67,7 +75,7 @@ def preset(name: str, vocab_size: int, **overrides) -> TransformerConfig:
   if name not in PRESETS:
     raise ValueError(f"unknown model preset {name!r}; choose one of {', '.join(PRESETS)}")
   deep = PRESETS[name]["n_layers"] > 4
-  defaults = PRESETS[name] | dict(remat=deep, scan_layers=deep)
+  defaults = PRESETS[name] | dict(remat="block" if deep else "none", scan_layers=deep)
   return TransformerConfig(vocab_size=vocab_size, **(defaults | overrides))
 
 
@@ -94,7 +102,7 @@ class Transformer(hk.Module):
     def block(x_BSD):
       return Block(c, self.causal, name="block")(mesh.over_data(x_BSD), segments, rotation)
 
-    block = hk.remat(block) if c.remat else block
+    block = REMAT[c.remat](block)
     if c.scan_layers:
       x_BSD = hk.layer_stack(c.n_layers)(block)(x_BSD)
     else:

@@ -36,7 +36,7 @@ flags.DEFINE_integer("batch", 8, "sequences of an inner and of an outer batch")
 flags.DEFINE_integer("members", 1, "inner models")
 flags.DEFINE_integer("repeats", 7, "timed meta-steps")
 flags.DEFINE_string("dtype", "float32", "of activations and matmul inputs")
-flags.DEFINE_boolean("remat", False, "keep only block inputs")
+flags.DEFINE_enum("remat", "none", list(transformer.REMAT), "as in train.py")
 
 
 def main(_):

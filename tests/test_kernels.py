@@ -488,7 +488,7 @@ def test_matmul_counter_on_a_known_case():
 def test_meta_gradient_through_two_inner_steps(backend, no_effects):
   """Inner and outer loss of a language model on one backend: the meta-gradient is that of `xla`."""
   config = transformer.TransformerConfig(
-    vocab_size=50, d_model=16, n_layers=1, n_heads=2, head_dim=8, d_ff=32, remat=True
+    vocab_size=50, d_model=16, n_layers=1, n_heads=2, head_dim=8, d_ff=32, remat="block"
   )
   tokens = jax.random.randint(jax.random.key(0), (3, 2, 12), 0, 50)
   batches = transformer.Batch(tokens, jnp.ones_like(tokens))

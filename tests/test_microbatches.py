@@ -21,7 +21,9 @@ SHAPE = dict(vocab_size=V, d_model=8, n_layers=1, n_heads=2, head_dim=4, d_ff=16
 
 
 def _problem(microbatches, remat=False, backend=None, dtype="float64"):
-  config = transformer.TransformerConfig(**SHAPE, dtype=dtype, remat=remat, scan_layers=remat)
+  config = transformer.TransformerConfig(
+    **SHAPE, dtype=dtype, remat="block" if remat else "none", scan_layers=remat
+  )
   model = transformer.language_model(config, backend, microbatches)
   rater = datarater.rater(config)
   return rater, model, meta_step.datarater_problem(model, rater, remat, microbatches)
@@ -99,7 +101,7 @@ def test_compiled_memory_falls(quick_compile, mode):
 
   def temp(microbatches):
     config = transformer.TransformerConfig(
-      **SHAPE | dict(d_model=32, d_ff=128), dtype="float32", remat=True, scan_layers=True
+      **SHAPE | dict(d_model=32, d_ff=128), dtype="float32", remat="block", scan_layers=True
     )
     rater = datarater.rater(config)
     model = transformer.language_model(config, None, microbatches)

@@ -147,7 +147,11 @@ def test_rotary_angles_are_those_of_the_published_formula():
 
 @pytest.mark.parametrize(
   "causal, changes",
-  [(True, dict(query_block=4, remat=True)), (False, dict(query_block=3))],
+  [
+    (True, dict(query_block=4, remat="block")),
+    (True, dict(remat="products")),
+    (False, dict(query_block=3)),
+  ],
 )
 def test_variants_that_save_memory_compute_the_same(causal, changes):
   params, plain = _transformer(causal=causal)
@@ -159,7 +163,9 @@ def test_variants_that_save_memory_compute_the_same(causal, changes):
 
 def test_scanned_layers_are_the_unrolled_ones_stacked():
   params, plain = _transformer()
-  scanned_params, scanned = _transformer(dataclasses.replace(CONFIG, scan_layers=True, remat=True))
+  scanned_params, scanned = _transformer(
+    dataclasses.replace(CONFIG, scan_layers=True, remat="products")
+  )
   layers = [{k: v for k, v in params.items() if f"/block{i}" in k} for i in ("", "_1")]
   layers[0] = {k: v for k, v in layers[0].items() if "/block_1" not in k}
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *[jax.tree.leaves(layer) for layer in layers])
@@ -183,11 +189,11 @@ def test_presets_have_the_parameter_counts_of_their_names(name, millions):
 
 
 def test_preset_takes_overrides_and_names_the_known_ones():
-  config = transformer.preset("50m", 100, remat=False, n_layers=3)
+  config = transformer.preset("50m", 100, remat="none", n_layers=3)
   assert (config.vocab_size, config.n_layers, config.remat, config.scan_layers) == (
     100,
     3,
-    False,
+    "none",
     True,
   )
   with pytest.raises(ValueError, match="'2b'.*tiny.*1b"):
