@@ -278,17 +278,12 @@ def meta_gradient(eta, inner, inner_batch, outer_batch, problem, inner_optimizer
   return g, inner, diagnostics | {"outer_loss": outer_loss, "inner_loss": inner_losses}
 
 
-def paper_meta_optimizer(
-  learning_rate=1e-3, warmup=100, weight_decay=0.1, clip=0.01, eps=1e-8, decay_steps=None
-):
+def paper_meta_optimizer(learning_rate=1e-3, warmup=100, weight_decay=0.1, clip=0.01, eps=1e-8):
   """H: Adam with decoupled weight decay, linear warm-up, global-norm clip, as the paper sets them.
 
-  The learning rate is ours: the paper does not state it. With decay_steps it falls as a cosine to
-  zero at that meta-step.
+  The learning rate is ours: the paper does not state it.
   """
   schedule = optax.linear_schedule(0.0, learning_rate, warmup)
-  if decay_steps is not None:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, decay_steps)
   return optax.chain(
     optax.clip_by_global_norm(clip),
     optax.adamw(schedule, weight_decay=weight_decay, eps=eps),

@@ -94,7 +94,6 @@ class Config:
   inner_weight_decay: float = option(0.0, "decoupled, of the inner AdamW")
   meta_learning_rate: float = option(2e-3, "of the meta-AdamW H")
   meta_warmup: int = option(10, "meta-steps of linear warm-up")
-  meta_schedule: str = option("constant", "after it: constant, or cosine to zero at the end")
   meta_weight_decay: float = option(0.1, "decoupled, of the meta-AdamW")
   meta_clip: float = option(0.01, "global norm to which a member's meta-gradient is clipped")
   seed: int = option(0, "of everything that is random")
@@ -120,10 +119,6 @@ class Config:
         f"--{name}={value} must be a positive multiple of --steps_per_call={grain}",
       )
     check(
-      self.meta_schedule != "cosine" or self.meta_warmup < self.meta_steps,
-      f"--meta_warmup={self.meta_warmup} leaves none of --meta_steps={self.meta_steps} to a cosine",
-    )
-    check(
       self.lifetime >= self.inner_steps,
       f"--lifetime={self.lifetime} is shorter than one window of --inner_steps={self.inner_steps}",
     )
@@ -131,7 +126,6 @@ class Config:
       ("mode", inner_loop.MODES),
       ("model", transformer.PRESETS),
       ("rater", transformer.PRESETS),
-      ("meta_schedule", ("constant", "cosine")),
       ("remat", (None, *transformer.REMAT)),
       ("dtype", ("float32", "bfloat16")),
       ("loss_backend", kernels.BACKENDS),
@@ -342,11 +336,7 @@ def build(config: Config, vocab_size: int) -> Program:
       config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay
     ),
     meta_optimizer=meta_step.paper_meta_optimizer(
-      config.meta_learning_rate,
-      config.meta_warmup,
-      config.meta_weight_decay,
-      config.meta_clip,
-      decay_steps=config.meta_steps if config.meta_schedule == "cosine" else None,
+      config.meta_learning_rate, config.meta_warmup, config.meta_weight_decay, config.meta_clip
     ),
     config=meta_step.MetaConfig(
       config.n_models, config.lifetime, config.mode, config.members_per_step
