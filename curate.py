@@ -16,6 +16,7 @@ Selection, with B = --batch_size, the oversampled batch, and K = round((1 - disc
   top_k      all documents are permuted and cut into batches of B; each keeps its best K.
 
 Started again with the same command it goes on where it stopped, and the output is the same bytes.
+All devices of the machine share the work; of another number of devices, scores may round otherwise.
 --data=demo is the demo corpus as it is, without the corruption that train.py adds. With --runner it
 is an Apache Beam pipeline: curate_beam.py.
 """
@@ -43,6 +44,7 @@ import cli
 import cpu
 import data
 import documents
+import mesh
 import report
 import scoring
 import shards
@@ -106,7 +108,14 @@ def main():
   logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   cpu.keep_freed_memory()
   if config.runner is None:
-    return curate(config, output)
+    devices = mesh.make_mesh(flags.FLAGS.mesh, 1)
+    check(
+      config.score_batch % devices.shape["data"] == 0,
+      f"--score_batch={config.score_batch} is not a multiple of the {devices.shape['data']} "
+      "devices: change it, or give another --mesh=data=...",
+    )
+    with mesh.use(devices):
+      return curate(config, output)
   try:
     import curate_beam
   except ImportError as error:
@@ -196,7 +205,8 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
   if done and done[-1].about["next"] is None:
     return
   count = sum(len(shard.scores) for shard in done)
-  print(f"device {jax.devices()[0].device_kind}, {count} documents scored before")
+  devices = jax.devices()
+  print(f"device {devices[0].device_kind} x {len(devices)}, {count} documents scored before")
   bar = tqdm.tqdm(desc="scoring", initial=count, unit=" documents", smoothing=0.1)
   began, tokens_here = time.monotonic(), 0
   for number, (rows, coins, about) in enumerate(ahead(prepared(job, done)), len(done)):
@@ -396,5 +406,6 @@ def origin(job: Job) -> dict[str, Any]:
 
 if __name__ == "__main__":
   flags.DEFINE_string("output", None, "folder of the result; one that was interrupted is resumed")
+  flags.DEFINE_string("mesh", None, "data=N: devices that share each batch; default all")
   cli.define_flags(Config)
   cli.run(main)

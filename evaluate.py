@@ -6,9 +6,9 @@
 
 Data, tokenizer and splits are the rater's, so nothing that is reported has been seen by the rater
 or its inner models. Like for like: all policies start from the same parameters, see as many tokens
-and follow the same schedule. Started again, it goes on where it stopped; with the same
---jobs to the same bytes (one core and two round differently). The workdir gets runs/ (a folder for
-each model trained: curve.jsonl, checkpoints/), scores/, and at the end table.md, results.json and
+and follow the same schedule. Started again, it goes on where it stopped; with the same --jobs and
+--mesh to the same bytes (otherwise rounding differs). The workdir gets runs/ (a folder for each
+model trained: curve.jsonl, checkpoints/), scores/, and at the end table.md, results.json and
 figures.
 
 The validation split is halved by a hash of the documents' texts: `selection` chooses rho, and
@@ -33,7 +33,9 @@ import compare
 import cpu
 import data
 import documents
+import hosts
 import kernels
+import mesh
 import multiple_choice
 import pretrain
 import report
@@ -130,16 +132,35 @@ def main():
     cpu.keep_freed_memory()
   if FLAGS.dry_run:
     print(plan_text(config))
-  else:
+    return
+  hosts.start_by_flags()
+  devices = make_mesh(config, FLAGS.mesh, FLAGS.jobs)
+  with hosts.stop_together(), mesh.use(devices):
     evaluate(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir), FLAGS.jobs)
+
+
+def make_mesh(config: Config, spec: str | None, jobs: int) -> jax.sharding.Mesh:
+  """All devices share each batch; with several jobs each has one device of its own."""
+  if jobs > 1:
+    check(spec is None, f"--mesh={spec} shares a model among devices, --jobs={jobs} does not")
+    return mesh.make_mesh("data=1", 1, jax.devices()[:1])
+  devices = mesh.make_mesh(spec, 1)
+  for size, recipe in costs(config).recipes.items():
+    check(
+      recipe.batch % devices.shape["data"] == 0,
+      f"a batch of {recipe.batch} sequences ({size}) is not a multiple of the "
+      f"{devices.shape['data']} devices: give another --batch or --mesh=data=...",
+    )
+  return devices
 
 
 def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> None:
   """Trains all models of the plan that are not trained yet, and writes the comparison."""
   inputs = open_inputs(config, cache_dir)
-  open_workdir(workdir, config, f"{inputs.corpus.fingerprint} {inputs.rater.fingerprint}")
-  print(inputs.corpus.summary())
-  print(plan_text(config), flush=True)
+  fingerprint = f"{inputs.corpus.fingerprint} {inputs.rater.fingerprint}"
+  hosts.leader_first(lambda: open_workdir(workdir, config, fingerprint))
+  hosts.say(inputs.corpus.summary())
+  hosts.say(plan_text(config))
   workers = Workers((config, workdir, cache_dir), jobs)
   if "datarater" in config.policies or config.sweep_discard:
     workers.do("rating the sequences to be drawn", rate, ["datarater"])
@@ -148,13 +169,14 @@ def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> N
     sweep = sweep_runs(config)
     workers.do("sweeping the discard fraction", train_run, sweep)
     discard = compare.best_discard(workdir, sweep)
-    print(f"discard fraction with the lowest NLL on `selection`: {discard:g}", flush=True)
+    hosts.say(f"discard fraction with the lowest NLL on `selection`: {discard:g}")
   if set(config.policies) & set(selection.PERPLEXITY):
     workers.do("training the perplexity scorer", train_run, [scorer_run(config)])
     workers.do("its perplexities", rate, ["perplexity"])
   workers.do("training", train_run, main_runs(config, discard))
   workers.close()
-  print(compare.write(workdir, main_runs(config, discard), sweep_runs(config), costs(config)))
+  if hosts.leader():
+    print(compare.write(workdir, main_runs(config, discard), sweep_runs(config), costs(config)))
 
 
 def sweep_runs(config: Config) -> list[Run]:
@@ -305,7 +327,7 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
   Both scorers are frozen, so this equals scoring each pool when it is drawn, but happens once.
   """
   path = workdir / "scores" / f"{kind}.npy"
-  if path.exists():
+  if hosts.as_leader(path.exists()):
     return
   path.parent.mkdir(exist_ok=True)
   inputs = open_inputs(config, cache_dir)
@@ -316,16 +338,22 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
     run = scorer_run(config)
     model = language_model(config, run.model, inputs.corpus.vocab_size)
     params = pretrain.trained(workdir / "runs" / run.name, model, costs(config).recipes[run.model])
-    score = jax.jit(lambda batch: model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1])
+    nll = lambda params, batch: mesh.whole(
+      model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]
+    )
+    score = functools.partial(jax.jit(nll), params)
   rows = _rows_drawn(config, len(split.tokens), kind)
   values = np.full(len(split.tokens), np.nan, np.float32)
   chunks = [rows[i : i + 128] for i in range(0, len(rows), 128)]
-  for chunk in tqdm.tqdm(chunks, kind, unit=" batches", disable=not progress):
+  for chunk in tqdm.tqdm(chunks, kind, unit=" batches", disable=not (progress and hosts.leader())):
     padded = np.resize(chunk, 128)  # one shape, one program
     batch = [x[padded].astype(np.int32) for x in (split.tokens, split.segments)]
-    values[chunk] = np.asarray(score(transformer.Batch(*batch)))[: len(chunk)]
+    batch = mesh.put(transformer.Batch(*batch), "data")
+    values[chunk] = np.asarray(score(batch))[: len(chunk)]
   check(np.isfinite(values[rows]).all(), f"some {kind} scores are not finite: train it again")
-  report.write_atomically(path, lambda file: np.save(file, values))
+  if hosts.leader():
+    report.write_atomically(path, lambda file: np.save(file, values))
+  hosts.wait_for_all(kind)
 
 
 def _rows_drawn(config: Config, rows: int, kind: str) -> np.ndarray:
@@ -351,7 +379,8 @@ def train_run(
 
   def measure(params):
     nll = functools.partial(pretrain.mean_nll, model, params)
-    row = {"nll": {name: float(nll(rows)) for name, rows in inputs.eval_sets.items()}}
+    sets = {name: mesh.put(rows, None, "data") for name, rows in inputs.eval_sets.items()}
+    row = {"nll": {name: float(nll(rows)) for name, rows in sets.items()}}
     if inputs.questions:
       row["accuracy"] = {
         task: multiple_choice.accuracy(
@@ -366,7 +395,9 @@ def train_run(
 
   batches = functools.partial(selected_batches, run, recipe, workdir, inputs.corpus)
   folder = workdir / "runs" / run.name
+  progress &= hosts.leader()
   pretrain.pretrain(folder, model, recipe, run.seed, batches, measure, progress)
+  hosts.wait_for_all(run.name)
 
 
 def model_config(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
@@ -381,7 +412,8 @@ def language_model(config: Config, size: str, vocab_size: int) -> transformer.La
 @functools.cache
 def logprob(config: Config, size: str, vocab_size: int):
   shape = model_config(config, size, vocab_size)
-  return jax.jit(multiple_choice.sequence_logprob(shape, config.loss_backend))
+  of_rows = jax.jit(multiple_choice.sequence_logprob(shape, config.loss_backend))
+  return lambda params, *rows: of_rows(params, *mesh.put(rows, "data"))
 
 
 def selected_batches(
@@ -416,6 +448,8 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "folder of the evaluation; an existing one is resumed")
   flags.DEFINE_string("cache_dir", ".cache", "folder of the tokenised corpora")
   flags.DEFINE_integer("jobs", 1, "models trained at a time, each on a core of its own (CPUs only)")
+  flags.DEFINE_string("mesh", None, "data=N: devices that share each batch; default all")
+  hosts.define_flags()
   flags.DEFINE_boolean("dry_run", False, "print what would be trained, with its FLOPs")
   flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
   cli.define_flags(Config)

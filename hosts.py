@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 
 from cli import UserError, check
@@ -62,9 +63,27 @@ def start(
     )
 
 
+def define_flags() -> None:
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several hosts, or auto")
+  flags.DEFINE_integer("num_processes", None, "of several hosts")
+  flags.DEFINE_integer("process_id", None, "of this one of several hosts, from 0")
+  flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent host counts as dead")
+
+
+def start_by_flags() -> None:
+  FLAGS = flags.FLAGS
+  start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat)
+
+
 def leader() -> bool:
   """True on the one host that writes what all of them know."""
   return jax.process_index() == 0
+
+
+def say(*text: Any) -> None:
+  """Prints, on the leader alone."""
+  if leader():
+    print(*text, flush=True)
 
 
 def leader_first(function: Callable[[], Any]) -> Any:

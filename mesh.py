@@ -57,7 +57,7 @@ def make_mesh(spec: str | None, n_models: int, devices: Sequence[Any] | None = N
   )
   check(
     n_models % population == 0,
-    f"--mesh=population={population} does not divide --n_models={n_models}",
+    f"--mesh=population={population} does not divide the number of models trained, {n_models}",
   )
   # Neighbours on a pod's network, as far as they go: 8 by 8 of 4 x 4 x 4 chips splits an axis.
   grid = mesh_utils.create_device_mesh(
@@ -146,8 +146,23 @@ def use(mesh: Mesh) -> contextlib.AbstractContextManager:
   return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
+def keep(state: Any) -> Any:
+  """A state, inside a traced function, laid out as `state_shardings` says."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return state
+  return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
+
+
+def whole(x: Any) -> Any:
+  """Arrays, inside a traced function, that every device is to have whole."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, WHOLE)
+
+
 def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
-  """Shardings of a meta_step.MetaState of arrays or ShapeDtypeStructs; None on one device.
+  """Shardings of a meta_step.MetaState or pretrain.LMState of arrays or ShapeDtypeStructs; None on
+  one device.
 
   Members over `population`; the largest axis of a large array over `data`, where it divides.
   """
@@ -163,8 +178,8 @@ def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
     return NamedSharding(mesh, PartitionSpec(*lead, *axes))
 
   of_member = lambda x: shared(x, ("population",))
-  how = {"eta": shared, "meta_opt": of_member, "inner": of_member}
-  how |= {name: of_member for name in ("age", "until_reset", "skipped")}
+  how = dict.fromkeys(("eta", "params", "opt_state"), shared)
+  how |= dict.fromkeys(("meta_opt", "inner", "age", "until_reset", "skipped"), of_member)
   replicated = lambda _: NamedSharding(mesh, WHOLE)
   return type(state)(
     **{k: jax.tree.map(how.get(k, replicated), v) for k, v in state._asdict().items()}
@@ -174,6 +189,22 @@ def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding | None:
   """Of arrays whose leading axes lie over the named axes of the mesh; None on one device."""
   return NamedSharding(mesh, PartitionSpec(*axes)) if mesh.size > 1 else None
+
+
+def put(x: Any, *axes: str | None) -> Any:
+  """Arrays that every host has whole, spread over the mesh in use: the leading axes over the named
+  ones, where these divide them. As they are on one device."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+
+  def spread(x):
+    divides = lambda axis, size: axis and size % mesh.shape[axis] == 0
+    fits = [axis if divides(axis, x.shape[i]) else None for i, axis in enumerate(axes)]
+    where = NamedSharding(mesh, PartitionSpec(*fits))
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+  return jax.tree.map(spread, x)
 
 
 def part_of_host(where: NamedSharding | None, shape: tuple[int, ...]) -> tuple[slice, ...]:

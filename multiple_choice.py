@@ -26,6 +26,7 @@ Axes: B sequences, S tokens.
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+import mesh
 from data import Tokenizer
 from documents import DataError, find_inputs, one_line, read_records
 from kernels import score_weighted_loss
@@ -172,18 +174,19 @@ def sequence_logprob(
     hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
   )
 
+  score_weighted = mesh.loss_over_data(partial(score_weighted_loss, backend=loss_backend))
+
   def logprob(params, batch, counted_BS):
     hidden_BSD, unembedding_VD = forward.apply(params, *batch)
     targets_BS, real_BS = next_token_targets(batch)
     counted_BS = real_BS & counted_BS
-    _, nll_N = score_weighted_loss(
+    _, nll_N = score_weighted(
       hidden_BSD.reshape(-1, config.d_model),
       unembedding_VD,
       targets_BS.reshape(-1),
       counted_BS.reshape(-1).astype(hidden_BSD.dtype),
-      backend=loss_backend,
     )
-    return -nll_N.reshape(counted_BS.shape).sum(-1, where=counted_BS)
+    return mesh.whole(-nll_N.reshape(counted_BS.shape).sum(-1, where=counted_BS))
 
   return logprob
 

@@ -17,6 +17,8 @@ import numpy as np
 import optax
 import tqdm
 
+import hosts
+import mesh
 import transformer
 from cli import check
 from workdir import Checkpoints, Metrics, StopSignal
@@ -78,20 +80,21 @@ def pretrain(
   Args:
     batches_from: call number -> batches [steps_per_call, N, S] from there on, a function of it.
   """
-  if (folder / "done").exists():
+  if hosts.as_leader((folder / "done").exists()):
     return
   folder.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(folder)
   state = checkpoints.restore_latest(init(model, recipe, seed))
   start, per_call = int(state.step), recipe.steps_per_call
-  curve = Metrics(folder / "curve.jsonl", start)
+  curve = Metrics(folder / "curve.jsonl" if hosts.leader() else None, start)
   batches = batches_from(start // per_call)
   bar = tqdm.tqdm(
     total=recipe.steps, initial=start, unit="step", desc=folder.name, disable=not progress
   )
   stop, saved, losses = StopSignal(), time.monotonic(), []
   for step in range(start + per_call, recipe.steps + 1, per_call):
-    state, losses_C = train_steps(model, recipe, state, next(batches))
+    batch = mesh.put(next(batches), None, "data")
+    state, losses_C = train_steps(model, recipe, state, batch)
     losses.append(losses_C)
     bar.update(per_call)
     if step % (recipe.steps // recipe.evaluations):
@@ -103,18 +106,20 @@ def pretrain(
     curve.append({"step": step, "train": loss} | measure(state.params))
     losses.clear()
     bar.set_postfix_str(f"train {loss:.3f}")
-    if step == recipe.steps or stop.requested or time.monotonic() > saved + 60:
+    stopping = hosts.any_host(stop.requested)
+    if step == recipe.steps or stopping or hosts.as_leader(time.monotonic() > saved + 60):
       checkpoints.save(step, state)
       saved = time.monotonic()
-    if stop.requested and step < recipe.steps:
+    if stopping and step < recipe.steps:
       bar.close()
       checkpoints.close()
-      print(f"stopped: checkpoint written after step {step}; start again to go on", flush=True)
+      hosts.say(f"stopped: checkpoint written after step {step}; start again to go on")
       raise SystemExit(0)
   bar.close()
   checkpoints.close()
   stop.close()
-  (folder / "done").touch()
+  if hosts.leader():
+    (folder / "done").touch()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -128,7 +133,8 @@ def train_steps(model: transformer.LanguageModel, recipe: Recipe, state: LMState
     params = optax.apply_updates(state.params, updates)
     return LMState(params, opt_state, state.step + 1), nll_B.mean()
 
-  return jax.lax.scan(step, state, batches)
+  state, losses_C = jax.lax.scan(step, state, batches)
+  return mesh.keep(state), mesh.whole(losses_C)
 
 
 def init(model: transformer.LanguageModel, recipe: Recipe, seed: int) -> LMState:
@@ -136,7 +142,7 @@ def init(model: transformer.LanguageModel, recipe: Recipe, seed: int) -> LMState
 
   def fresh(key):
     params = model.init(key)
-    return LMState(params, adam(recipe).init(params), jnp.int32(0))
+    return mesh.keep(LMState(params, adam(recipe).init(params), jnp.int32(0)))
 
   return jax.jit(fresh)(jax.random.PRNGKey(seed))
 
@@ -163,4 +169,4 @@ def mean_nll(model: transformer.LanguageModel, params, rows: transformer.Batch) 
     return (nll_B * count_B).sum(), count_B.sum()
 
   total, count = jax.lax.map(block, rows)
-  return total.sum() / jnp.maximum(count.sum(), 1)
+  return mesh.whole(total.sum() / jnp.maximum(count.sum(), 1))

@@ -21,6 +21,7 @@ import numpy as np
 
 import data
 import datarater
+import mesh
 import train
 from transformer import Batch
 
@@ -88,7 +89,7 @@ def score(
     scored(rows)
 
   for rows in batches:
-    pending.append((rows, rater.score(rater.eta, rows.batch)))
+    pending.append((rows, rater.score(rater.eta, mesh.put(rows.batch, "data"))))
     if len(pending) > 2:
       read()
   while pending:

@@ -179,7 +179,7 @@ def main():
   logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   if FLAGS.keep_freed_memory:
     cpu.keep_freed_memory()
-  hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat)
+  hosts.start_by_flags()
   devices = make_mesh(config, FLAGS.mesh)
   with hosts.stop_together(), mesh.use(devices):
     train(config, Path(FLAGS.workdir), Path(FLAGS.cache_dir), devices)
@@ -231,12 +231,11 @@ def train(config: Config, workdir: Path, cache_dir: Path, devices: jax.sharding.
   checkpoints = Checkpoints(workdir)
   state = checkpoints.restore_latest(state)
   start = int(state.step)
-  say = print if hosts.leader() else lambda *_, **__: None
   metrics_file = Metrics(workdir / "metrics.jsonl" if hosts.leader() else None, start)
-  say(corpus.summary())
-  say(describe(config, state, devices))
+  hosts.say(corpus.summary())
+  hosts.say(describe(config, state, devices))
   if start:
-    say(f"resuming after meta-step {start} of {config.meta_steps}", flush=True)
+    hosts.say(f"resuming after meta-step {start} of {config.meta_steps}")
 
   def snapshot(state, step):
     path = workdir / "scores" / f"{step}.npy"
@@ -285,14 +284,14 @@ def train(config: Config, workdir: Path, cache_dir: Path, devices: jax.sharding.
     bar.update(grain)
     if stopping and k < config.meta_steps:
       bar.close()
-      say(f"stopped: checkpoint written after meta-step {k}; start again to go on", flush=True)
+      hosts.say(f"stopped: checkpoint written after meta-step {k}; start again to go on")
       checkpoints.close()
       return
   jax.block_until_ready(state)
   bar.close()
   if steps_here:
     seconds = time.monotonic() - began
-    say(f"meta-training: {steps_here} meta-steps in {seconds:.0f} s", flush=True)
+    hosts.say(f"meta-training: {steps_here} meta-steps in {seconds:.0f} s")
   checkpoints.close()
   snapshot(state, config.meta_steps)
   if hosts.leader():
@@ -405,7 +404,7 @@ class TrainedRater(NamedTuple):
 
 
 def open_rater(workdir: str | os.PathLike) -> TrainedRater:
-  """The rater of a finished or running workdir, of its last checkpoint.
+  """The rater of a finished or running workdir, of its last checkpoint; on every device in use.
 
   Raises:
     UserError: the folder holds no run, or no checkpoint yet.
@@ -418,8 +417,8 @@ def open_rater(workdir: str | os.PathLike) -> TrainedRater:
   for leaf in jax.tree.leaves(jax.device_get(eta)):
     digest.update(np.ascontiguousarray(leaf))
   parameters = transformer.parameter_count(eta)
-  score = jax.jit(rater.score)
-  return TrainedRater(config, tokenizer, eta, score, parameters, digest.hexdigest()[:16])
+  score = jax.jit(lambda eta, batch: mesh.whole(rater.score(eta, batch)))
+  return TrainedRater(config, tokenizer, mesh.put(eta), score, parameters, digest.hexdigest()[:16])
 
 
 def rater_config(workdir: str | os.PathLike) -> Config:
@@ -457,10 +456,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed")
   flags.DEFINE_string("cache_dir", ".cache", "folder of the tokenised corpora")
   flags.DEFINE_string("plan", None, "train nothing; say what the run needs of v5p:4x4x4, h100, ...")
-  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several hosts, or auto")
-  flags.DEFINE_integer("num_processes", None, "of several hosts")
-  flags.DEFINE_integer("process_id", None, "of this one of several hosts, from 0")
-  flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent host counts as dead")
+  hosts.define_flags()
   flags.DEFINE_boolean("keep_freed_memory", True, "glibc keeps XLA's buffers between calls (CPU)")
   define_run_flags(preset="demo")
   cli.run(main)

@@ -73,7 +73,7 @@ class Checkpoints:
   def restore_eta(self, template):
     step = self.manager.latest_step()
     check(step is not None, f"{self.folder} holds no checkpoint yet")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template
     )
@@ -117,6 +117,8 @@ class Metrics:
     self.file = open(path, "a")
 
   def append(self, row: dict):
+    if self.file is None:
+      return
     print(json.dumps(row), file=self.file, flush=True)
 
   def write(self, last_step: int, metrics: dict, bar: tqdm.tqdm):

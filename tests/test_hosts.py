@@ -23,19 +23,19 @@ FLAGS = (
   "--model=nano",
   "--rater=nano",
   "--meta_steps=120",
-  "--mesh=data=2",
   "--mode=mixed",
 )
 
 
 @pytest.fixture
 def start(corpus, cache, tmp_path):
-  """(name of the workdir, flags) -> a process; none outlives the test."""
+  """(name of the workdir, flags) -> a process of train.py or `script`; none outlives the test."""
   started = []
 
-  def of(workdir, *flags):
-    where = [f"--workdir={tmp_path / workdir}", f"--data={corpus}", f"--cache_dir={cache}"]
-    started.append(jobs.start("train.py", cache, *where, *FLAGS, *flags))
+  def of(workdir, *flags, script="train.py"):
+    where = [f"--workdir={tmp_path / workdir}", f"--cache_dir={cache}"]
+    where += [f"--data={corpus}", *FLAGS] if script == "train.py" else []
+    started.append(jobs.start(script, cache, *where, *flags))
     return started[-1]
 
   yield of
@@ -44,13 +44,36 @@ def start(corpus, cache, tmp_path):
     process.communicate()
 
 
-def start_hosts(start, workdir):
+def start_hosts(start, workdir, *flags, **script):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   coordinator = f"--coordinator=localhost:{port}"
-  more = ("--num_processes=2", f"--heartbeat={HEARTBEAT}")
-  return [start(workdir, coordinator, *more, f"--process_id={i}") for i in range(2)]
+  more = (*flags, "--num_processes=2", f"--heartbeat={HEARTBEAT}")
+  return [start(workdir, coordinator, *more, f"--process_id={i}", **script) for i in range(2)]
+
+
+def finish(processes):
+  """What they print, which must end well."""
+  said = [process.communicate(timeout=600) for process in processes]
+  for process, (_, errors) in zip(processes, said, strict=True):
+    assert process.returncode == 0, errors
+  for output, _ in said[1:]:  # the leader speaks
+    assert not [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+  return said[0][0]
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+  """() -> the jobs started from then on see two CPU devices."""
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+  return lambda: monkeypatch.setenv("XLA_FLAGS", flags)
+
+
+def assert_same_run(two, one):
+  actual, expected = state_and_metrics(two), state_and_metrics(one)
+  for a, e in zip(actual, expected, strict=True):
+    assert_close(a, e, 1e-6)
 
 
 def latest(workdir):
@@ -72,38 +95,61 @@ def state_and_metrics(workdir):
 
 
 @pytest.mark.slow
-def test_two_hosts_with_deaths_between_are_one_run(start, tmp_path, monkeypatch):
+def test_two_hosts_with_deaths_between_are_one_run(start, tmp_path, two_devices):
+  sharing = "--mesh=data=2"
   for dies, after in ((1, 8), (0, 40)):
-    both = start_hosts(start, "two")
+    both = start_hosts(start, "two", sharing)
     jobs.wait_until(lambda after=after: latest(tmp_path / "two") >= after, both[0])
     assert both[dies].poll() is None, both[dies].communicate()[1]
     both[dies].send_signal(signal.SIGKILL)
-    died = time.monotonic()
-    _, errors = both[1 - dies].communicate(timeout=120)
-    assert time.monotonic() - died < 2 * HEARTBEAT + 10
-    assert both[1 - dies].returncode != 0
-    print(errors)
-    assert "another host" in errors or "another task died" in errors, errors
+    assert_ends_by_itself(both[1 - dies])
     both[dies].communicate()
-  both = start_hosts(start, "two")
-  (output, errors), (other, _) = (host.communicate(timeout=600) for host in both)
-  assert [host.returncode for host in both] == [0, 0], errors
+  output = finish(start_hosts(start, "two", sharing))
   assert "resuming after meta-step" in output and "DataRater after 120 meta-steps" in output
-  said = [line for line in other.splitlines() if not line.startswith("[Gloo]")]
-  assert not said  # the leader speaks
+  two_devices()
+  finish([start("one", sharing)])
+  assert_same_run(tmp_path / "two", tmp_path / "one")
 
-  monkeypatch.setenv(
-    "XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-  )
-  alone = start("one")
-  _, errors = alone.communicate(timeout=600)
-  assert alone.returncode == 0, errors
-  (state, rows, scores), (expected, expected_rows, expected_scores) = (
-    state_and_metrics(tmp_path / name) for name in ("two", "one")
-  )
-  assert_close(state, expected, 1e-6)
-  assert_close(rows, expected_rows, 1e-6)
-  assert_close(scores, expected_scores, 1e-6)
+
+@pytest.mark.slow
+def test_two_hosts_one_of_which_is_asked_to_stop_then_freezes(start, tmp_path, two_devices):
+  sharing = "--mesh=population=2"
+  both = start_hosts(start, "two", sharing)
+  jobs.wait_until(lambda: latest(tmp_path / "two") >= 8, both[0])
+  both[1].send_signal(signal.SIGTERM)  # one is asked, both stop
+  assert "stopped: checkpoint written after" in finish(both)
+  stopped = latest(tmp_path / "two")
+  assert 8 <= stopped < 120
+  both = start_hosts(start, "two", sharing)
+  jobs.wait_until(lambda: latest(tmp_path / "two") >= stopped + 8, both[0])
+  both[1].send_signal(signal.SIGSTOP)  # alive, and silent
+  assert_ends_by_itself(both[0])
+  both[1].kill()
+  output = finish(start_hosts(start, "two", sharing))
+  assert "DataRater after 120 meta-steps" in output
+  two_devices()
+  finish([start("one", sharing)])
+  assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_hosts_evaluate_what_one_does(start, small_rater, tmp_path, two_devices):
+  flags = [f"--rater={small_rater}", "--models=nano", "--seeds=0", "--steps=12", "--batch=4"]
+  flags += ["--evaluations=3", "--policies=none,datarater,pplx_bottom", "--sweep_discard=0.25,0.5"]
+  said = finish(start_hosts(start, "two", *flags, script="evaluate.py"))
+  two_devices()
+  assert finish([start("one", *flags, script="evaluate.py")]) == said.replace("two", "one")
+  two, one = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("two", "one"))
+  assert two == one
+
+
+def assert_ends_by_itself(host):
+  """With a message, soon after another host was lost."""
+  lost = time.monotonic()
+  _, errors = host.communicate(timeout=120)
+  assert time.monotonic() - lost < 2 * HEARTBEAT + 10
+  assert host.returncode != 0
+  assert "another host" in errors or "another task died" in errors, errors
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """mesh.py: on 8 devices, which this process does not have: in processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,3 +43,56 @@ def test_with_the_optimisers_of_a_run_only_rounding_differs():
 
 def test_kernels_run_under_the_mesh():
   assert holds("kernels") == ["kernels under the mesh"]
+
+
+@pytest.fixture
+def on_devices(monkeypatch):
+  """(n) -> the jobs started from then on see n CPU devices."""
+  before = os.environ.get("XLA_FLAGS", "")
+  return lambda n: monkeypatch.setenv(
+    "XLA_FLAGS", f"{before} --xla_force_host_platform_device_count={n}"
+  )
+
+
+def test_curation_on_eight_devices_is_that_of_one(on_devices, small_rater, corpus, cache, tmp_path):
+  records = []
+  for n in (1, 8):
+    on_devices(n)
+    flags = [f"--rater={small_rater}", f"--data={corpus}", "--discard=0.5", "--score_batch=8"]
+    said = jobs.succeed("curate.py", cache, *flags, f"--output={tmp_path / str(n)}")
+    assert f"cpu x {n}," in said
+    lines = (tmp_path / str(n) / "part-00000.jsonl").read_text().splitlines()
+    records.append([json.loads(line) for line in lines])
+  one, eight = ({k: [r[k] for r in x] for k in x[0]} for x in records)
+  assert one["text"] == eight["text"]
+  assert np.std(one["datarater_score"]) > 1e-3
+  np.testing.assert_allclose(one["datarater_score"], eight["datarater_score"], atol=1e-5)
+  assert np.mean(np.array(one["datarater_keep"]) != eight["datarater_keep"]) < 0.02
+  refused = jobs.run(
+    "curate.py", cache, *flags, "--score_batch=9", f"--output={tmp_path / 'never'}"
+  )
+  jobs.assert_one_line_error(refused, "--score_batch=9 is not a multiple of the 8 devices")
+
+
+def test_evaluation_on_four_devices_is_that_of_one(on_devices, small_rater, cache, tmp_path):
+  curves = []
+  for n in (1, 4):
+    on_devices(n)
+    # Some parameters of `mini` are large enough to be sharded.
+    flags = [f"--rater={small_rater}", f"--cache_dir={cache}", "--models=mini", "--seeds=0"]
+    flags += ["--steps=12", "--batch=4", "--evaluations=3", "--eval_sequences=20"]
+    flags += ["--policies=none,datarater,pplx_bottom", f"--workdir={tmp_path / str(n)}"]
+    jobs.succeed("evaluate.py", cache, *flags)
+    runs = sorted((tmp_path / str(n) / "runs").iterdir())
+    curves.append({run.name: [json.loads(x) for x in (run / "curve.jsonl").open()] for run in runs})
+  one, four = curves
+  assert len(one) == 4 and list(one) == list(four)
+  for name in one:
+    for a, b in zip(one[name], four[name], strict=True):
+      assert a["nll"] == pytest.approx(b["nll"], rel=1e-4)
+  losses = [run[-1]["nll"]["validation"] for run in one.values()]
+  assert len({round(x, 3) for x in losses}) == 4  # or the comparison would show nothing
+  refused = jobs.run(
+    "evaluate.py", cache, *flags[:-1], "--batch=6", f"--workdir={tmp_path / 'never'}"
+  )
+  jobs.assert_one_line_error(refused, "a batch of 6 sequences (mini) is not a multiple of the 4")
