@@ -120,7 +120,8 @@ def _saving(step, mode, prevent_cse=True):
 
 
 def _step(gradient, optimizer, state, meta, batch):
-  state = checkpoint_name(state, "inner_state")
+  # Arrays only: TPUs refuse to keep scalars, like Adam's count, in the host's memory.
+  state = jax.tree.map(lambda x: checkpoint_name(x, "inner_state") if jnp.ndim(x) else x, state)
   grads, aux = gradient(state.params, meta, jax.lax.stop_gradient(batch))
   grads = checkpoint_name(grads, "inner_grads")
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

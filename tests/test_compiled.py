@@ -7,15 +7,19 @@ Axes: N tokens, D model width, V vocabulary.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
 import shutil
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import hlo
+import inner_loop
 import plan
 import targets
 import train
@@ -122,15 +126,46 @@ def test_a_small_run_is_planned(target, mesh):
   config = train.Config(**small, mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
   compiled = plan.compile_run(config, target, mesh, 259)
   assert compiled.fits and 0 < compiled.arguments < compiled.peak < 1e9 and compiled.temp > 0
-  assert compiled.program.unknown_loops == 0 and compiled.traffic.unknown_loops == 0
+  assert compiled.work.unknown_loops == 0 and compiled.traffic.unknown_loops == 0
   least = config.n_models * plan.minimum(config, 259).total
-  assert least < compiled.program.products < 1.5 * least
+  assert least < compiled.work.products < 1.5 * least
   exchanged = hlo.by_kind(compiled.traffic.collectives)
   if compiled.devices == 1:
     assert exchanged == {}
   else:
     assert exchanged["all-reduce"][1] > 0
     assert plan.report(config, target, 259, compiled).count("\nfits\n") == 1
+
+
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+def test_saved_states_wait_in_the_memory_of_the_host(target):
+  if missing[target]:
+    pytest.skip(reason)
+  T, B, W = 8, 64, 2048
+
+  def loss(w_WW, weights_B, x_BW):
+    return jnp.mean(weights_B * jnp.sum(jnp.tanh(x_BW @ w_WW) ** 2, -1)), ()
+
+  def meta_gradient(mode, weights_TB, w_WW, x_TBW):
+    optimizer = optax.adam(1e-3, eps_root=1e-8)
+    state = inner_loop.init(optimizer, w_WW)
+
+    def outer(weights_TB):
+      after, _ = inner_loop.unroll(loss, optimizer, state, weights_TB, x_TBW, mode)
+      return loss(after.params, jnp.ones(B), x_TBW[0])[0]
+
+    return jax.grad(outer)(weights_TB)
+
+  memory = {}
+  for mode in ("mixed", "mixed_offload"):
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((T, B), (W, W), (T, B, W))]
+    compiled = targets.compile_for(target, functools.partial(meta_gradient, mode), *shapes)
+    memory[mode] = compiled.memory_analysis()
+  saved = 4 * T * 4 * W * W  # a step: theta, Adam's two moments, the gradient, in float32
+  assert memory["mixed"].host_temp_size_in_bytes == 0
+  assert memory["mixed_offload"].host_temp_size_in_bytes == saved
+  gone = memory["mixed"].temp_size_in_bytes - memory["mixed_offload"].temp_size_in_bytes
+  assert gone > 0.5 * saved  # a v5e keeps some of them on chip
 
 
 @pytest.mark.skipif(missing["v5e"], reason=reason)

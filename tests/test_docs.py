@@ -41,7 +41,7 @@ def test_functions_of_the_paper_table_exist():
 def test_flags_and_presets_of_the_commands_exist():
   flags = set(re.findall(r"--(\w+)[=`]", README)) - {"help"}
   known = {"workdir", "cache_dir", "preset", "output", "jobs", "dry_run"}
-  known |= {"mesh", "coordinator", "target"}
+  known |= {"mesh", "coordinator", "target", "plan"}
   for job in (train, curate, evaluate):
     known |= set(job.Config.__dataclass_fields__)
   assert flags and flags <= known

@@ -231,7 +231,7 @@ def _compiled(**values):
     outputs=2e9,
     temp=3e9,
     peak=6e9,
-    program=flops.Flops(5e15, 1e15, 1e13),
+    work=flops.Flops(5e15, 1e15, 1e13),
     traffic=hlo.Traffic(1.2e12, [hlo.Collective("all-gather", 5e8, 4, ((8, 4),))], 0),
     estimate=None,
     seconds=12.0,
