@@ -108,7 +108,7 @@ def main():
   logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   cpu.keep_freed_memory()
   if config.runner is None:
-    devices = mesh.make_mesh(flags.FLAGS.mesh, 1)
+    devices = mesh.make_data_mesh(flags.FLAGS.mesh)
     check(
       config.score_batch % devices.shape["data"] == 0,
       f"--score_batch={config.score_batch} is not a multiple of the {devices.shape['data']} "

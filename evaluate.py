@@ -143,8 +143,8 @@ def make_mesh(config: Config, spec: str | None, jobs: int) -> jax.sharding.Mesh:
   """All devices share each batch; with several jobs each has one device of its own."""
   if jobs > 1:
     check(spec is None, f"--mesh={spec} shares a model among devices, --jobs={jobs} does not")
-    return mesh.make_mesh("data=1", 1, jax.devices()[:1])
-  devices = mesh.make_mesh(spec, 1)
+    return mesh.make_data_mesh(None, jax.devices()[:1])
+  devices = mesh.make_data_mesh(spec)
   for size, recipe in costs(config).recipes.items():
     check(
       recipe.batch % devices.shape["data"] == 0,

@@ -57,13 +57,22 @@ def make_mesh(spec: str | None, n_models: int, devices: Sequence[Any] | None = N
   )
   check(
     n_models % population == 0,
-    f"--mesh=population={population} does not divide the number of models trained, {n_models}",
+    f"--mesh=population={population} does not divide --n_models={n_models}",
   )
   # Neighbours on a pod's network, as far as they go: 8 by 8 of 4 x 4 x 4 chips splits an axis.
   grid = mesh_utils.create_device_mesh(
     (population, data), devices[:size], allow_split_physical_axes=True
   )
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def make_data_mesh(spec: str | None, devices: Sequence[Any] | None = None) -> Mesh:
+  """The same for a job that trains or runs one model: "data=4"."""
+  check(
+    "population" not in (spec or ""),
+    f"--mesh={spec}: only train.py has a population; write it like data=4",
+  )
+  return make_mesh(spec, 1, devices)
 
 
 def shards(axis: str) -> int:

@@ -21,6 +21,7 @@ import cli
 import datarater
 import mesh
 import meta_step
+import pretrain
 import transformer
 import workdir
 from kernels import pallas_tpu
@@ -187,6 +188,11 @@ def layout():
       raise AssertionError(f"{spec} gave {mesh.make_mesh(spec, n_models)}")
     except cli.UserError as error:
       assert mend in str(error) and "\n" not in str(error), error
+  assert tuple(mesh.make_data_mesh(None).shape.values()) == (1, 8)
+  try:
+    raise AssertionError(mesh.make_data_mesh("population=2"))
+  except cli.UserError as error:
+    assert "write it like data=4" in str(error)
   print("meshes")
 
   two_by_four = over(2, 4)
@@ -214,6 +220,20 @@ def layout():
   )
   assert where.eta == dict(w=spec(None, "data")) and where.age == spec("population")
   assert where.key == where.step == where.probe_scores == spec()
+  language_model = pretrain.LMState(dict(w=shape(512, 1024)), dict(mu=shape(512, 1024)), shape())
+  where = jax.tree.map(lambda s: s.spec, mesh.state_shardings(two_by_four, language_model))
+  assert where == pretrain.LMState(dict(w=spec(None, "data")), dict(mu=spec(None, "data")), spec())
+  with mesh.use(two_by_four):
+    spread = mesh.put((x, np.arange(8), np.arange(7)), "data")
+    kept = jax.jit(mesh.keep)(jax.tree.map(lambda s: np.ones(s.shape, s.dtype), language_model))
+    whole = jax.jit(lambda x: mesh.whole(2 * x))(spread[1])
+  assert [a.sharding.spec for a in spread] == [spec(None), spec("data"), spec(None)]
+  assert all(
+    np.array_equal(a, b) for a, b in zip(spread, (x, np.arange(8), np.arange(7)), strict=True)
+  )
+  assert jax.tree.map(lambda a: a.sharding.spec, kept) == where
+  assert whole.sharding.is_fully_replicated and np.array_equal(whole, 2 * np.arange(8))
+  assert mesh.put(x, "data") is x
   print("shardings")
 
 

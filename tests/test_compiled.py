@@ -15,6 +15,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import jobs
 import optax
 import pytest
 
@@ -135,6 +136,21 @@ def test_a_small_run_is_planned(target, mesh):
   else:
     assert exchanged["all-reduce"][1] > 0
     assert plan.report(config, target, 259, compiled).count("\nfits\n") == 1
+
+
+@pytest.mark.skipif(missing["v5e"], reason=reason)
+def test_train_plans_what_the_planner_does(tmp_path):
+  small = ["--preset=paper", "--model=nano", "--rater=nano", "--n_models=2", "--inner_batch=8"]
+  small += ["--outer_batch=8", "--sequence_length=64", "--mesh=population=2,data=2"]
+  said = [
+    jobs.succeed("train.py", tmp_path, *small, "--plan=v5e:2x2"),
+    jobs.succeed("plan.py", tmp_path, *small, "--target=v5e:2x2"),
+  ]
+  train_says, plan_says = (re.sub(r"compiled in \d+ s", "", text) for text in said)
+  assert train_says == plan_says and "\nfits\n" in plan_says
+  assert plan_says.startswith(
+    "$ python plan.py --preset=paper --target=v5e:2x2 --mesh=population=2"
+  )
 
 
 @pytest.mark.parametrize("target", ["v5e", "h100"])

@@ -298,5 +298,7 @@ def test_chips_are_told_apart():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_compilers_one_line_says_how_to_get_them(cache):
-  result = jobs.run("plan.py", cache, "--preset=paper", "--target=v5p:4x4x4")
-  jobs.assert_one_line_error(result, "make .venv-compile/ready")
+  paper = "--preset=paper"
+  for words in (("plan.py", "--target=v5p:4x4x4"), ("train.py", "--plan=v5p:4x4x4")):
+    result = jobs.run(words[0], cache, paper, words[1])
+    jobs.assert_one_line_error(result, "make .venv-compile/ready")
