@@ -58,9 +58,12 @@ def finish(processes):
   said = [process.communicate(timeout=600) for process in processes]
   for process, (_, errors) in zip(processes, said, strict=True):
     assert process.returncode == 0, errors
-  for output, _ in said[1:]:  # the leader speaks
-    assert not [line for line in output.splitlines() if not line.startswith("[Gloo]")]
-  return said[0][0]
+  outputs = [
+    "\n".join(line for line in output.splitlines() if not line.startswith("[Gloo]"))
+    for output, _ in said
+  ]
+  assert not any(outputs[1:])  # the leader speaks
+  return outputs[0]
 
 
 @pytest.fixture
