@@ -54,8 +54,8 @@ def unroll(
     metas: pytree with a leading axis T, one slice a step (None: no meta-input).
     batches: pytree with a leading axis T.
     mode: how the gradient of the result is formed; the result itself is the same.
-      "mixed": MixFlow-MG, each step saves its inputs and g_t: 9 forward units (F) for a step's
-        Hessian-vector product, of which 3 F repeat what the forward pass did.
+      "mixed": MixFlow-MG, each step saves its inputs and g_t: 8 forward units (F; 9 in attention)
+        for a step's Hessian-vector product, of which 2 F (3 F) repeat what the forward pass did.
       "mixed_offload": the same, but what is saved waits in the host's memory.
       "mixed_save": MixFlow-MG, each step also saves the results of its matrix products, forward
         and backward: 6 F, at the memory of T steps' activations. Faster on CPUs. Its steps are
