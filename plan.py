@@ -175,13 +175,16 @@ def alternatives(
   config: train.Config, target: str, spec: str | None, data_shards: int
 ) -> Iterator[tuple[dict[str, Any], str, str | None]]:
   """(changed flags of train.py, target, mesh) that need less memory, the least costly first."""
-  less = {} if config.mode in ("mixed", "first_order") else {"mode": "mixed"}
+  less = {} if config.mode in ("mixed", "mixed_offload", "first_order") else {"mode": "mixed"}
   if less:
     yield less, target, spec
-  sizes = (config.inner_batch, config.outer_batch)
+  sizes, most = (config.inner_batch, config.outer_batch), {}
   for parts in MICROBATCHES:
     if parts > config.microbatches and all(b % (parts * data_shards) == 0 for b in sizes):
-      yield less | {"microbatches": parts}, target, spec
+      most = {"microbatches": parts}
+      yield less | most, target, spec
+  if less or config.mode == "mixed":
+    yield most | {"mode": "mixed_offload"}, target, spec
   if ":" in target and all(b % (2 * data_shards) == 0 for b in sizes):
     chip, axes = target.split(":")
     sizes = [int(size) for size in axes.split("x")]
