@@ -128,7 +128,7 @@ def run(seed, config):
 
 
 def main(config: Config) -> tuple[np.ndarray, np.ndarray]:
-  """Mean test losses [seeds]: with the learned hyper-parameters, with the best rate of the sweep."""
+  """Test losses [seeds]: with the learned hyper-parameters, with the best rate of the sweep."""
   runs = [run(seed, config) for seed in range(config.seed, config.seed + config.seeds)]
   learned = np.array([test for _, test, _, _ in runs])
   best = np.array([sweep[i] for _, _, sweep, i in runs])

@@ -45,7 +45,7 @@ class Config:
   seed: int = option(0, "the first of the seeds")
   seeds: int = option(5, "runs, for the spread")
   flipped: float = option(0.2, "share of the training labels that are wrong")
-  meta_steps: int = option(1000, f"updates of the rater, a multiple of {CALL}")
+  meta_steps: int = option(2000, f"updates of the rater, a multiple of {CALL}")
   figure: str = option("runs/noisy_labels.png", "file of the figure")
 
 
