@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -42,19 +41,18 @@ def test_weights_fall_with_corruption(tmp_path, capsys):
 def test_flipped_labels_are_found(tmp_path, capsys):
   settings = dict(seed=100, seeds=1, meta_steps=300)
   auroc, accuracies = _run("noisy_labels", tmp_path, capsys, **settings)
-  assert auroc[0] > 0.9
+  assert auroc[0] > 0.8
   assert accuracies["rater's choice"] > accuracies["all labels"]
 
 
 def test_learned_rates_are_as_good_as_the_best_of_a_sweep(tmp_path, capsys):
-  settings = dict(seed=100, seeds=1, meta_steps=50)
+  settings = dict(seed=100, seeds=1, meta_steps=40)
   learned, best = _run("learned_optimizer_hypers", tmp_path, capsys, **settings)
   assert learned[0] < 1.05 * best[0]
 
 
 def test_learned_initialisation_adapts_where_one_of_the_mixture_does_not(tmp_path, capsys):
-  losses = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=1000)
-  ours, rival = losses.values()
+  ours, rival = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=1000)
   assert ours[0] < rival[0] / 2
 
 
@@ -78,8 +76,10 @@ def test_examples_are_short_and_say_what_was_measured():
   for name in NAMES:
     text = (ROOT / "examples" / f"{name}.py").read_text()
     docstring = text.split('"""')[1]
-    assert f"python examples/{name}.py" in docstring and re.search(r"Result.*\d", docstring, re.S)
-    assert len(text.splitlines()) <= 150
+    assert f"python examples/{name}.py" in docstring and re.search(
+      r"Result, seeds? .*\d", docstring, re.S
+    )
+    assert len(text.splitlines()) <= 170
 
 
 def test_forking_is_code_that_runs(capsys):

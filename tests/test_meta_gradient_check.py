@@ -55,10 +55,11 @@ def test_smooth_loss_is_exact_in_each_mode_and_the_table_says_so(capsys):
 
 
 def test_adam_with_its_epsilon_under_the_root_is_exact_and_without_is_not_finite():
-  untouched = lambda params, meta, x: _smooth(params | {"out": jnp.ones(5)}, meta, x)
+  untouched = lambda params, meta, x: _smooth(params | {"out": 1 + 0 * params["out"]}, meta, x)
   safe, unsafe = optax.adam(0.1, eps=0.0, eps_root=1e-12), optax.adam(0.1)
   assert all(row.ok for row in _check(untouched, safe).values())
-  assert {row.verdict for row in _check(untouched, unsafe).values()} == {"not finite at params/out"}
+  for row in _check(untouched, unsafe).values():
+    assert row.verdict.startswith("not finite at ")
 
 
 def _constant_weights(params, meta, x_BD):
@@ -71,20 +72,11 @@ def _constant_features(params, meta, x_BD):
   return _smooth(params, meta | {"scores": meta["scores"] - errors_B}, x_BD)
 
 
-@jax.custom_jvp
-def _mistaken(x):
-  return jnp.tanh(x)
-
-
-_mistaken.defjvp(lambda x, t: (jnp.tanh(x[0]), 1.5 * (1 - jnp.tanh(x[0]) ** 2) * t[0]))
-
-
 @pytest.mark.parametrize(
   "loss, where",
   [
     (_constant_weights, "metas/scores"),
     (_constant_features, "params/"),
-    (lambda *x: _smooth(*x, activation=_mistaken), "params/"),
   ],
 )
 def test_what_is_not_the_derivative_is_found_with_its_place(loss, where):
@@ -113,9 +105,18 @@ def test_integer_path_is_a_meta_that_no_gradient_reaches():
   assert {row.verdict for row in rows.values()} == {"no gradient reaches metas/scores"}
 
 
-def test_custom_vjp_has_no_forward_derivative_and_says_so():
+def test_mistaken_custom_jvp_is_found_where_mixed_mode_relies_on_a_symmetric_hessian():
+  @jax.custom_jvp
+  def mistaken(x):
+    return jnp.tanh(x)
+
+  mistaken.defjvp(lambda x, t: (jnp.tanh(x[0]), 1.5 * (1 - jnp.tanh(x[0]) ** 2) * t[0]))
+  rows = _check(lambda *x: _smooth(*x, activation=mistaken))
+  for mode in ("mixed", "mixed_save"):
+    assert rows[mode].verdict.startswith("not the derivative") and rows[mode].to_reverse > 1e-3
+
+
+def test_custom_vjp_with_a_differentiable_rule_is_exact():
   tanh = jax.custom_vjp(jnp.tanh)
   tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, t: ((1 - jnp.tanh(x) ** 2) * t,))
-  rows = _check(lambda *x: _smooth(*x, activation=tanh))
-  assert rows["reverse"].ok
-  assert "custom_vjp" in rows["mixed"].verdict and np.isnan(rows["mixed"].to_reverse)
+  assert all(row.ok for row in _check(lambda *x: _smooth(*x, activation=tanh)).values())
