@@ -8,9 +8,10 @@ but one, the target, and the outer loss is on the target: what should one read t
 Two language models are then trained from scratch on text drawn from the learned mixture and from
 all sources alike, and judged on validation documents of the target.
 
-  python examples/learned_curriculum.py     # TIME on 2 cores, and a minute for the corpus at first
+  python examples/learned_curriculum.py     # 2 minutes on 2 cores, and one for the corpus at first
 
-RESULT
+Result, seeds 0 to 2, nats a byte on the encyclopedia: 2.445 ± 0.028 after training on the learned
+mixture (speeches 29%, debates_en 28%, debates_multilingual 10%), 2.568 ± 0.025 on all alike.
 """
 
 import dataclasses

@@ -6,9 +6,12 @@ kinds; the outer loss is on clean images. The rater is never told what is noise.
   theta' = Theta(theta, sum_i w_i grad l(x_i; theta)),   w = softmax over the batch of phi_eta(x)
   eta    = argmin of the clean loss of theta after T = 2 such updates
 
-  python examples/toy_corruption.py     # TIME on 2 cores
+  python examples/toy_corruption.py     # half a minute on 2 cores
 
-RESULT
+Result, seeds 0 to 4, held-out images, R^2 of the fit of weight on noise at meta-step 0, 10, 30, 70:
+0.173 ± 0.121, 0.727 ± 0.044, 0.801 ± 0.035, 0.797 ± 0.032 (the paper's figure, on its own data:
+0.163, 0.561, 0.693, 0.813). Not above the paper's last one: the exponential of a score that is
+linear in the noise is not. The weight decay of 20 is there to keep the scores' spread small.
 """
 
 import dataclasses
