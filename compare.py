@@ -74,10 +74,10 @@ def write(workdir: Path, runs: list, sweep: list, costs: Costs) -> str:
   }
   if sweep:
     results["sweep"] = _sweep(sweep, curves)
-    _save(workdir / "discard.png", _plot_sweep(results["sweep"], sweep[0].model))
+    report.save_figure(workdir / "discard.png", _plot_sweep(results["sweep"], sweep[0].model))
   results["curves"] = {run.name: curve for run, curve in curves.items()}
-  _save(workdir / "learning_curves.png", _plot_curves(runs, curves))
-  _save(workdir / "compute.png", _plot_compute(results["models"]))
+  report.save_figure(workdir / "learning_curves.png", _plot_curves(runs, curves))
+  report.save_figure(workdir / "compute.png", _plot_compute(results["models"]))
   table = _table(results, costs)
   for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", table)):
     report.write_atomically(workdir / name, lambda f, text=text: f.write(f"{text}\n".encode()))
@@ -175,13 +175,6 @@ def _table(results: dict, costs: Costs) -> str:
 
 def _percent(fraction: float | None) -> str:
   return "never" if fraction is None else f"{fraction:.0%}"
-
-
-def _save(path: Path, figure) -> None:
-  report.write_atomically(
-    path, lambda f: figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
-  )
-  plt.close(figure)
 
 
 def _plot_curves(runs: list, curves: dict):

@@ -50,6 +50,8 @@ def unroll(
   Args:
     loss_fn: (params, meta, batch) -> (scalar, aux). Whatever is to be differentiated must be an
       argument, not a closure.
+    optimizer: any of optax. One that takes extra arguments is handed the step's slice of `metas` as
+      `meta`: a learning rate may be learned so.
     state: theta_0 and the optimiser state.
     metas: pytree with a leading axis T, one slice a step (None: no meta-input).
     batches: pytree with a leading axis T.
@@ -124,7 +126,8 @@ def _step(gradient, optimizer, state, meta, batch):
   state = jax.tree.map(lambda x: checkpoint_name(x, "inner_state") if jnp.ndim(x) else x, state)
   grads, aux = gradient(state.params, meta, jax.lax.stop_gradient(batch))
   grads = checkpoint_name(grads, "inner_grads")
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  optimizer = optax.with_extra_args_support(optimizer)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params, meta=meta)
   params = optax.apply_updates(state.params, updates)
   return InnerState(params, opt_state), jax.lax.stop_gradient(aux)
 

@@ -54,7 +54,7 @@ def write(workdir: Path, documents: list, config: dict) -> str:
       step: weight_fit(s, noise, source)["r2"] for step, s in scores.items()
     }
     lines += _noise_lines(results)
-    _figure(workdir / "noise_vs_weight.png", lambda: _plot_noise(scores, noise, source))
+    save_figure(workdir / "noise_vs_weight.png", _plot_noise(scores, noise, source))
   else:
     lines.append("  no known noise levels in these documents: scores are reported by source only")
   lines.append("  mean score by source, best first:")
@@ -62,10 +62,10 @@ def write(workdir: Path, documents: list, config: dict) -> str:
   for name, values in sorted(by_source.items(), key=lambda kv: -kv[1].mean()):
     lines.append(f"    {name:24s} {values.mean():+.3f}  (spread {values.std():.3f}, {len(values)})")
   results["score_by_source"] = {k: float(v.mean()) for k, v in by_source.items()}
-  _figure(workdir / "scores_by_source.png", lambda: _plot_sources(by_source, noise, source, last))
+  save_figure(workdir / "scores_by_source.png", _plot_sources(by_source, noise, source, last))
   if metrics:
-    _figure(workdir / "losses.png", lambda: _plot_losses(metrics))
-    _figure(workdir / "meta_gradients.png", lambda: _plot_meta(metrics))
+    save_figure(workdir / "losses.png", _plot_losses(metrics))
+    save_figure(workdir / "meta_gradients.png", _plot_meta(metrics))
   lines.append(f"  figures, results.json and validation_scores.jsonl: {workdir}")
   summary = "\n".join(lines)
 
@@ -140,6 +140,14 @@ def write_atomically(path: Path, write: Callable) -> None:
   os.replace(file.name, path)
 
 
+def save_figure(path: str | os.PathLike, figure: plt.Figure) -> None:
+  """As PNG, in a folder that is made if need be; closes the figure."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=120, bbox_inches="tight"))
+  plt.close(figure)
+
+
 def _noise_lines(results: dict) -> list[str]:
   table = results["noise"]
   lines = []
@@ -161,12 +169,6 @@ def _noise_lines(results: dict) -> list[str]:
   )
   lines.append(f"  R^2 of weight on noise level at meta-step {fits}")
   return lines
-
-
-def _figure(path: Path, draw: Callable) -> None:
-  figure = draw()
-  write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=120, bbox_inches="tight"))
-  plt.close(figure)
 
 
 def _plot_noise(scores, noise, source):

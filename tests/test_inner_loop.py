@@ -278,6 +278,31 @@ def test_random_losses_have_the_gradients_of_reverse_mode(random_loss_gradients,
   assert_close(grads["mixed_save"], grads["reverse"], 1e-10)
 
 
+@pytest.mark.parametrize("unroll, mode", COMBINATIONS)
+def test_rate_that_an_optimiser_takes_from_the_meta_is_one_that_scales_the_loss(x64, unroll, mode):
+  loss, params, metas, batches = _hyperparameters()
+
+  def unscaled(params, meta, batch):
+    return loss(params, meta | {"log_rate": 0.0}, batch)
+
+  def update(grads, state, params, *, meta):
+    return jax.tree.map(lambda g: -0.05 * jnp.exp(meta["log_rate"]) * g, grads), state
+
+  def gradients(loss, optimizer):
+    def end(params, metas):
+      state = inner_loop.init(optimizer, params)
+      return _end_value(unroll(loss, optimizer, state, metas, batches, mode)[0])
+
+    return jax.jit(jax.value_and_grad(end, (0, 1)))(params, metas)
+
+  of_meta = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  expected = gradients(loss, OPTIMIZERS["sgd"]())
+  assert np.abs(expected[1][1]["log_rate"]).min() > 1e-3
+  assert_close(gradients(unscaled, of_meta), expected, 1e-12)
+  chained = optax.chain(optax.identity(), of_meta)
+  assert_close(gradients(unscaled, chained), expected, 1e-12)
+
+
 @pytest.mark.parametrize("mode", ["mixed", "reverse"])
 def test_unroll_is_a_loop_of_optax_updates(x64, mode):
   loss, params, metas, batches = _weighted_regression()

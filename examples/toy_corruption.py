@@ -1,0 +1,137 @@
+"""Weights fall with corruption: the DataRater paper's Fig. 3, on scikit-learn's 8 x 8 digits.
+
+The inner models, small classifiers, train on images that are blended with noise of one of three
+kinds; the outer loss is on clean images. The rater is never told what is noise.
+
+  theta' = Theta(theta, sum_i w_i grad l(x_i; theta)),   w = softmax over the batch of phi_eta(x)
+  eta    = argmin of the clean loss of theta after T = 2 such updates
+
+  python examples/toy_corruption.py     # half a minute on 2 cores
+
+Result, seeds 0 to 4, held-out images, R^2 of the fit of weight on noise at meta-step 0, 10, 30, 70:
+0.173 ± 0.121, 0.727 ± 0.044, 0.801 ± 0.035, 0.797 ± 0.032 (the paper's figure, on its own data:
+0.163, 0.561, 0.693, 0.813). Not above the paper's last one: the exponential of a score that is
+linear in the noise is not. The weight decay of 20 is there to keep the scores' spread small.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+from digits import draw, init_classifier, losses, split
+
+import cli
+import meta_step
+import report
+from cli import option
+from datarater import batch_weights
+
+N, T, B, OUTER = 4, 2, 128, 512  # inner models, inner steps, images of an inner, an outer batch
+SNAPSHOTS = (0, 10, 30, 70)  # meta-steps, as in the paper's figure
+CALL = 10  # meta-steps in one compiled call
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  seed: int = option(0, "the first of the seeds")
+  seeds: int = option(5, "runs, for the spread")
+  figure: str = option("runs/toy_corruption.png", "file of the figure")
+
+
+def mlp_of_steps(pixels):
+  """phi_eta: an MLP that reads the pixels and the steps between neighbours; [..., 64] -> [...]."""
+  square = pixels.reshape(*pixels.shape[:-1], 8, 8)
+  steps = [
+    jnp.abs(jnp.diff(square, axis=axis)).reshape(*pixels.shape[:-1], -1) for axis in (-1, -2)
+  ]
+  features = jnp.concatenate([pixels, *steps], -1)
+  return hk.nets.MLP([64, 1], activation=jnp.tanh)(features)[..., 0]
+
+
+rater = hk.without_apply_rng(hk.transform(mlp_of_steps))
+
+
+def score(eta, images):
+  return rater.apply(eta, images.pixels)
+
+
+def inner_loss(theta, weights_B, images):
+  losses_B = losses(theta, images)
+  return weights_B @ losses_B, losses_B.mean()
+
+
+HOW = dict(
+  problem=meta_step.Problem(
+    init_inner=init_classifier,
+    metas=lambda eta, images: (batch_weights(score(eta, images)), {}),
+    inner_loss=inner_loss,
+    outer_loss=lambda theta, images: losses(theta, images).mean(),
+    probe=score,
+  ),
+  inner_optimizer=meta_step.inner_adamw(3e-3),
+  meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=5, weight_decay=20.0),
+  config=meta_step.MetaConfig(n_models=N, lifetime=30, mode="mixed_save"),
+)
+meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
+
+
+def corrupt(pixels, rng):
+  """(images, their noise in [0, 1]): so much of each image is grey noise, black and white noise, or
+  its own pixels in another order."""
+  noise = rng.uniform(size=(*pixels.shape[:-1], 1))
+  kind = rng.integers(3, size=noise.shape)
+  black_white = rng.integers(2, size=pixels.shape)
+  kinds = [rng.random(pixels.shape), black_white, rng.permuted(pixels, axis=-1)]
+  corrupted = (1 - noise) * pixels + noise * np.choose(kind, kinds)
+  return corrupted.astype(np.float32), noise[..., 0]
+
+
+def run(seed):
+  """Noise of held-out images [P], and their weights in a batch of B at each snapshot [.., P]."""
+  rng = np.random.default_rng(seed)
+  noisy, clean, held_out = split(rng, 900, 400)
+  pixels, noise = corrupt(held_out.pixels, rng)
+  held_out = held_out._replace(pixels=pixels)
+  eta_key, key = jax.random.split(jax.random.key(seed))
+  state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
+  weights = {0: batch_weights(state.probe_scores)}
+  for k in range(CALL, SNAPSHOTS[-1] + 1, CALL):
+    inner = draw(rng, noisy, CALL, N, T, B)
+    inner = inner._replace(pixels=corrupt(inner.pixels, rng)[0])
+    state, _ = meta_steps(state, inner, draw(rng, clean, CALL, N, OUTER), held_out)
+    weights[k] = batch_weights(state.probe_scores)
+  return noise, np.array([weights[k] for k in SNAPSHOTS]) * len(noise) / B
+
+
+def main(config: Config) -> np.ndarray:
+  """R^2 of the linear fit of weight on noise, [seeds, snapshots]."""
+  runs = [run(seed) for seed in range(config.seed, config.seed + config.seeds)]
+  fits = [[scipy.stats.linregress(noise, w) for w in weights] for noise, weights in runs]
+  r2 = np.array([[fit.rvalue**2 for fit in row] for row in fits])
+  figure, axes = plt.subplots(1, len(SNAPSHOTS), figsize=(13, 3), sharey=True)
+  (noise, weights), row = runs[0], fits[0]
+  for axis, k, w, fit in zip(axes, SNAPSHOTS, weights, row, strict=True):
+    axis.scatter(noise, w, s=6, alpha=0.5)
+    axis.plot(noise, fit.intercept + fit.slope * noise, color="black", lw=1)
+    axis.set(title=f"meta-step {k}, $R^2$ = {fit.rvalue**2:.3f}", xlabel="noise fraction")
+  axes[0].set_ylabel(f"weight in a batch of {B}")
+  report.save_figure(config.figure, figure)
+  shown = ", ".join(
+    f"{k}: {x.mean():.3f} ± {x.std():.3f}" for k, x in zip(SNAPSHOTS, r2.T, strict=True)
+  )
+  print(f"R^2 of weight on noise at meta-step {shown} ({len(r2)} seeds)")
+  return r2
+
+
+if __name__ == "__main__":
+  cli.define_flags(Config)
+  cli.run(lambda: main(cli.config_from_flags(Config)))

@@ -1,0 +1,149 @@
+"""Is the meta-gradient of one's own loss the derivative? A table, for the start of a fork.
+
+  rows = check_meta_gradient(loss_fn, optimizer, params, metas, batches, outer_loss)
+  assert all(row.ok for row in rows)
+
+The gradient of outer_loss(theta_T) with respect to theta_0 and metas is compared, for each mode of
+`inner_loop.unroll`, with central differences of the outer loss along random directions, one leaf at
+a time, and with reverse mode. All in float64, whatever the inputs are: a loss that casts to float32
+by itself will not come closer to the differences than that allows. Run it on a small problem: each
+leaf costs some evaluations of the whole unroll.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import inner_loop
+
+EXACT_MODES = ("reverse", "mixed", "mixed_save")
+TO_REVERSE, TO_DIFFERENCES = 1e-8, 1e-4  # largest relative errors that pass
+STEP = 1e-5  # of the differences, in units of a leaf's root mean square
+NEGLIGIBLE = 1e-6  # a change of the outer loss, relative, below which differences are rounding
+
+
+class Row(NamedTuple):
+  mode: str
+  to_reverse: float  # largest relative error of a leaf; nan: no gradient
+  to_differences: float  # the same
+  verdict: str  # "exact", or what is wrong and where
+
+  @property
+  def ok(self) -> bool:
+    return self.verdict == "exact"
+
+
+def check_meta_gradient(
+  loss_fn: inner_loop.LossFn,
+  optimizer: optax.GradientTransformation,
+  params: Any,
+  metas: Any,
+  batches: Any,
+  outer_loss: Callable[[Any], jax.Array],
+  modes: Sequence[str] = EXACT_MODES,
+  directions: int = 4,
+  seed: int = 0,
+) -> list[Row]:
+  """Prints a table, a row a mode, and returns it.
+
+  Args:
+    loss_fn, optimizer, params, metas, batches: as `inner_loop.unroll` takes them.
+    outer_loss: theta_T -> scalar.
+    modes: of inner_loop.MODES; "first_order" is an approximation and will be called so.
+    directions: random ones for each leaf.
+  """
+  with jax.enable_x64(True):
+    wide = lambda x: jnp.asarray(x, jnp.float64 if _floating(x) else None)
+    params, metas, batches = jax.tree.map(wide, (params, metas, batches))
+    optimizer_state = optimizer.init(params)
+    paths, leaves, restore = _flatten({"params": params, "metas": metas})
+
+    def objective(leaves, mode):
+      at = restore(leaves)
+      state = inner_loop.InnerState(at["params"], optimizer_state)
+      end, _ = inner_loop.unroll(loss_fn, optimizer, state, at["metas"], batches, mode)
+      return outer_loss(end.params)
+
+    along, slopes, scale = _differences(
+      jax.jit(lambda leaves: objective(leaves, "reverse")), leaves, directions, seed
+    )
+    reverse = None
+    rows = []
+    for mode in dict.fromkeys(("reverse", *modes)):
+      try:
+        gradient = jax.jit(jax.grad(lambda leaves, mode=mode: objective(leaves, mode)))(leaves)
+      except TypeError as error:  # forward mode through a custom_vjp
+        rows.append(Row(mode, np.nan, np.nan, str(error).splitlines()[0]))
+        continue
+      gradient = [np.asarray(g) for g in gradient]
+      reverse = reverse or gradient
+      of_reverse = [_error(g, r, 1e-12 * scale) for g, r in zip(gradient, reverse, strict=True)]
+      mine = [[np.sum(g * d) for d in ds] for g, ds in zip(gradient, along, strict=True)]
+      of_slopes = [_error(m, s, NEGLIGIBLE * scale) for m, s in zip(mine, slopes, strict=True)]
+      verdict = _verdict(mode, paths, gradient, of_reverse, of_slopes)
+      rows.append(Row(mode, max(of_reverse), max(of_slopes), verdict))
+    rows = [row for row in rows if row.mode in modes]
+  print(f"{'mode':14s} {'to reverse':>11s} {'to differences':>15s}  verdict")
+  for row in rows:
+    print(f"{row.mode:14s} {row.to_reverse:11.1e} {row.to_differences:15.1e}  {row.verdict}")
+  return rows
+
+
+def _differences(objective, leaves, directions, seed):
+  """(directions, slopes of the objective along them: [leaf][direction], size of the objective)."""
+  rng = np.random.default_rng(seed)
+  along, slopes = [], []
+  for i, leaf in enumerate(leaves):
+    size = float(jnp.sqrt(jnp.mean(jnp.square(leaf)))) or 1.0  # a head may start at zero
+    along.append([size * rng.normal(size=leaf.shape) for _ in range(directions)])
+    moved = lambda d, i=i, leaf=leaf: objective([*leaves[:i], leaf + d, *leaves[i + 1 :]])
+    slopes.append([float(moved(STEP * d) - moved(-STEP * d)) / (2 * STEP) for d in along[-1]])
+  return along, slopes, abs(float(objective(leaves)))
+
+
+def _verdict(mode, paths, gradient, of_reverse, of_slopes):
+  if not all(np.isfinite(g).all() for g in gradient):
+    bad = next(p for p, g in zip(paths, gradient, strict=True) if not np.isfinite(g).all())
+    return f"not finite at {bad}"
+  if mode == "first_order":
+    return "an approximation by design"
+  for errors, limit, what in (
+    (of_slopes, TO_DIFFERENCES, "not the derivative"),
+    (of_reverse, TO_REVERSE, "not what reverse mode gives"),
+  ):
+    worst = int(np.argmax(errors))
+    if errors[worst] > limit:
+      return f"{what} at {paths[worst]}"
+  for path, g in zip(paths, gradient, strict=True):
+    if path.startswith("metas") and not g.any():
+      return f"no gradient reaches {path}"  # and the outer loss doesn't move: an integer path?
+  return "exact"
+
+
+def _error(a, b, negligible):
+  """|a - b| / |b|, of vectors; differences of what is negligible count as none."""
+  a, b = np.ravel(a), np.ravel(b)
+  return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), np.linalg.norm(b), negligible))
+
+
+def _floating(x):
+  return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _flatten(tree):
+  """Names and values of the floating leaves, and a function that puts values in their places."""
+  paths, structure = jax.tree.flatten_with_path(tree)
+  where = [i for i, (_, x) in enumerate(paths) if _floating(x)]
+  names = [jax.tree_util.keystr(paths[i][0], simple=True, separator="/") for i in where]
+
+  def restore(leaves):
+    all_leaves = [x for _, x in paths]
+    for i, x in zip(where, leaves, strict=True):
+      all_leaves[i] = x
+    return structure.unflatten(all_leaves)
+
+  return names, [paths[i][1] for i in where], restore

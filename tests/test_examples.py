@@ -1,0 +1,115 @@
+"""The examples show what they say, at a size of seconds; FORKING.md's code runs."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import inner_loop
+import meta_step
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem != "digits")
+
+
+@pytest.fixture(autouse=True)
+def examples_on_the_path(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
+def _run(name, tmp_path, capsys, **settings):
+  """What the example's main returns; it printed one line and drew one figure."""
+  example = importlib.import_module(name)
+  figure = tmp_path / "made" / f"{name}.png"
+  result = example.main(example.Config(figure=str(figure), **settings))
+  assert figure.read_bytes().startswith(b"\x89PNG")
+  assert len(capsys.readouterr().out.splitlines()) == 1
+  return result
+
+
+def test_weights_fall_with_corruption(tmp_path, capsys):
+  r2 = _run("toy_corruption", tmp_path, capsys, seed=100, seeds=1)
+  assert r2.shape == (1, 4)
+  assert r2[0, 0] < 0.6 < 0.7 < r2[0, 3]
+
+
+def test_flipped_labels_are_found(tmp_path, capsys):
+  settings = dict(seed=100, seeds=1, meta_steps=300)
+  auroc, accuracies = _run("noisy_labels", tmp_path, capsys, **settings)
+  assert auroc[0] > 0.8
+  assert accuracies["rater's choice"] > accuracies["all labels"]
+
+
+def test_learned_rates_are_as_good_as_the_best_of_a_sweep(tmp_path, capsys):
+  settings = dict(seed=100, seeds=1, meta_steps=40)
+  learned, best = _run("learned_optimizer_hypers", tmp_path, capsys, **settings)
+  assert learned[0] < 1.05 * best[0]
+
+
+def test_learned_initialisation_adapts_where_one_of_the_mixture_does_not(tmp_path, capsys):
+  ours, rival = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=1000)
+  assert ours[0] < rival[0] / 2
+
+
+def test_mixture_finds_the_source_that_is_like_the_target(tmp_path, capsys, cache):
+  rng = np.random.default_rng(0)
+  alphabets = {"target": "abcd", "like": "abcd", "other": "0123456789", "far": "UVWXYZ"}
+  path = tmp_path / "mine.jsonl"
+  with open(path, "w") as file:
+    for i in range(600):
+      source, letters = list(alphabets.items())[i % 4]
+      text = "".join(letters[(i + j) % len(letters)] for j in rng.integers(2, size=200).cumsum())
+      print(json.dumps({"text": text, "source": source}), file=file)
+  settings = dict(data=(str(path),), target="target", cache_dir=str(cache))
+  settings |= dict(seeds=1, meta_steps=20, updates=60)
+  (mixture,), losses = _run("learned_curriculum", tmp_path, capsys, **settings)
+  assert mixture["like"] > 0.5 and set(mixture) == {"like", "other", "far"}
+  assert losses["learned"][0] < losses["alike"][0]
+
+
+def test_examples_are_short_and_say_what_was_measured():
+  for name in NAMES:
+    text = (ROOT / "examples" / f"{name}.py").read_text()
+    docstring = text.split('"""')[1]
+    assert f"python examples/{name}.py" in docstring and re.search(
+      r"Result, seeds? .*\d", docstring, re.S
+    )
+    assert len(text.splitlines()) <= 170
+
+
+def test_forking_is_code_that_runs(capsys):
+  blocks = re.findall(r"```python\n(.*?)```", (ROOT / "FORKING.md").read_text(), re.S)
+  fork = {}
+  for block in blocks:
+    exec(compile(block, "FORKING.md", "exec"), fork)
+  assert all(row.verdict == "exact" for row in fork["rows"])
+  assert np.isfinite(fork["metrics"]["outer_loss"]).all()
+
+  draw, key, how = fork["draw"], fork["key"], fork["how"]
+  batches = draw(key, 5, 2, 2, 8), draw(key, 5, 2, 8), draw(key, 8)
+  plain = fork["state"].eta
+  for name, eta in {
+    "other_loss": jnp.zeros(3),
+    "other_model": jnp.zeros(3),
+    "other_metas": fork["other_eta"],
+  }.items():
+    changed = how | {"problem": fork[name]}
+    state = meta_step.init(key, eta, probe=batches[2], **changed)
+    state, metrics = jax.jit(lambda s, how=changed: meta_step.meta_steps(s, *batches, **how))(state)
+    moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), state.eta, eta))
+    assert np.isfinite(metrics["outer_loss"]).all() and min(moved) > 1e-3, name
+    assert name == "other_metas" or np.abs(state.eta - plain).max() > 1e-6, name
+
+  def end(log_rate):
+    state = inner_loop.init(fork["learned_sgd"], {"w": jnp.ones(3)})
+    loss = lambda theta, meta, batch: (fork["errors"](theta, batch).mean(), ())
+    metas = {"log_rate": jnp.full(2, log_rate)}
+    state, _ = inner_loop.unroll(loss, fork["learned_sgd"], state, metas, draw(key, 2, 8))
+    return fork["errors"](state.params, draw(key, 8)).mean()
+
+  assert jax.grad(end)(-1.0) < 0  # a larger rate would have been better
