@@ -45,6 +45,11 @@ def test_flipped_labels_are_found(tmp_path, capsys):
   assert accuracies["rater's choice"] > accuracies["all labels"]
 
 
+def test_a_rater_that_sees_the_loss_finds_flipped_labels_sooner(tmp_path, capsys):
+  auroc = _run("online_rater", tmp_path, capsys, seed=100, seeds=1, meta_steps=100)
+  assert auroc["sees the loss"][0] > 0.9 > auroc["does not"][0] + 0.2
+
+
 def test_learned_rates_are_as_good_as_the_best_of_a_sweep(tmp_path, capsys):
   settings = dict(seed=100, seeds=1, meta_steps=40)
   learned, best = _run("learned_optimizer_hypers", tmp_path, capsys, **settings)
@@ -70,6 +75,18 @@ def test_mixture_finds_the_source_that_is_like_the_target(tmp_path, capsys, cach
   (mixture,), losses = _run("learned_curriculum", tmp_path, capsys, **settings)
   assert mixture["like"] > 0.5 and set(mixture) == {"like", "other", "far"}
   assert losses["learned"][0] < losses["alike"][0]
+
+
+def test_random_tokens_get_less_weight_than_true_ones_beside_them(tmp_path, capsys, cache):
+  words = "the rater scores each token of a text and the inner models learn from the rest".split()
+  rng = np.random.default_rng(0)
+  path = tmp_path / "clean.jsonl"
+  path.write_text(
+    "".join(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n" for _ in range(500))
+  )
+  settings = dict(data=(str(path),), cache_dir=str(cache), seed=100, seeds=1, meta_steps=20)
+  (auroc,) = _run("token_weights", tmp_path, capsys, **settings)
+  assert auroc > 0.7
 
 
 def test_examples_are_short_and_say_what_was_measured():

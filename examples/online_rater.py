@@ -1,0 +1,132 @@
+"""A rater that also sees how well the inner model does: the RHO-LOSS-like variant of the DataRater.
+
+As in noisy_labels.py part of the training labels is wrong. The paper's rater reads the example
+alone; this one reads the inner model's loss on it as well, at the step in which it is weighted:
+
+  w_i = softmax over the batch of phi_eta(x_i, y_i, l(x_i, y_i; theta_t)),   constant in theta_t
+
+So the weights can't be formed before the inner loop: what the inner step gets as its `meta` is eta
+itself, and `inner_loss` forms them. The rival is the same network with the loss hidden from it.
+
+  python examples/online_rater.py     # half a minute on 2 cores
+
+Result, seeds 0 to 4: AUROC of true against flipped labels of held-out examples 0.986 ± 0.007, of
+the rival 0.541 ± 0.026, after 600 meta-steps. (In noisy_labels.py a rater that does not see the loss
+but has a score for each label reaches 0.944 in 2,000.)
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import sklearn.metrics
+from digits import draw, init_classifier, losses, mlp, split
+
+import cli
+import meta_step
+import report
+from cli import option
+from datarater import batch_weights
+
+N, T, B = 4, 2, 64  # inner models, inner steps, examples of a batch
+CALL = 50  # meta-steps in one compiled call
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  seed: int = option(0, "the first of the seeds")
+  seeds: int = option(5, "runs, for the spread")
+  flipped: float = option(0.2, "share of the training labels that are wrong")
+  meta_steps: int = option(600, f"updates of the rater, a multiple of {CALL}")
+  figure: str = option("runs/online_rater.png", "file of the figure")
+
+
+rater = mlp(64, 1)
+
+
+def score(eta, images, losses_B):
+  """phi_eta [...] of examples and the inner model's losses on them."""
+  features = images.pixels, jax.nn.one_hot(images.label, 10), losses_B[..., None]
+  return rater.apply(eta, jnp.concatenate(features, -1))[..., 0]
+
+
+def how(sees_loss: bool):
+  def inner_loss(theta, eta, images):
+    losses_B = losses(theta, images)
+    seen_B = jax.lax.stop_gradient(losses_B) * sees_loss
+    return batch_weights(score(eta, images, seen_B)) @ losses_B, losses_B.mean()
+
+  return dict(
+    problem=meta_step.Problem(
+      init_inner=init_classifier,
+      metas=lambda eta, images: (
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (T, *x.shape)), eta),
+        {},
+      ),
+      inner_loss=inner_loss,
+      outer_loss=lambda theta, images: losses(theta, images).mean(),
+      probe=lambda eta, images: score(eta, images, jnp.zeros(images.label.shape)),
+    ),
+    inner_optimizer=meta_step.inner_adamw(3e-3),
+    meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=20),
+    config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
+  )
+
+
+KINDS = {"sees the loss": True, "does not": False}
+meta_steps = {
+  name: jax.jit(functools.partial(meta_step.meta_steps, **how(sees)))
+  for name, sees in KINDS.items()
+}
+
+
+def run(seed, config, name):
+  """(scores of held-out examples beside the oldest inner model, which labels are flipped)."""
+  rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
+  train, trusted, test = split(rng, 1000, 200)
+
+  def flip(images):
+    flipped = rng.random(len(images.label)) < config.flipped
+    other = (images.label + rng.integers(1, 10, len(flipped))) % 10
+    return images._replace(label=np.where(flipped, other, images.label).astype(np.int32)), flipped
+
+  (given, _), (held_out, flipped) = flip(train), flip(test)
+  eta = rater.init(eta_key, jnp.zeros(64 + 10 + 1))
+  state = meta_step.init(key, eta, probe=held_out, **how(KINDS[name]))
+  for _ in range(config.meta_steps // CALL):
+    batches = draw(rng, given, CALL, N, T, B), draw(rng, trusted, CALL, N, B)
+    state, _ = meta_steps[name](state, *batches, held_out)
+  oldest = jax.tree.map(lambda x: x[state.age.argmax()], state.inner.params)
+  return score(state.eta, held_out, losses(oldest, held_out) * KINDS[name]), flipped
+
+
+def main(config: Config) -> dict[str, np.ndarray]:
+  """AUROC [seeds] of true against flipped labels of held-out examples, of either rater."""
+  seeds = range(config.seed, config.seed + config.seeds)
+  runs = {name: [run(seed, config, name) for seed in seeds] for name in KINDS}
+  auroc = {
+    name: np.array([sklearn.metrics.roc_auc_score(~flipped, scores) for scores, flipped in found])
+    for name, found in runs.items()
+  }
+  figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+  for axis, (name, found) in zip(axes, runs.items(), strict=True):
+    scores, flipped = (np.asarray(x) for x in found[0])
+    axis.hist([scores[~flipped], scores[flipped]], bins=40, stacked=True, label=["true", "flipped"])
+    axis.set(title=f"rater that {name}", xlabel="score of a held-out example")
+  axes[0].legend()
+  report.save_figure(config.figure, figure)
+  shown = ", ".join(f"{name} {x.mean():.3f} ± {x.std():.3f}" for name, x in auroc.items())
+  print(f"AUROC of true against flipped labels, rater that {shown} ({config.seeds} seeds)")
+  return auroc
+
+
+if __name__ == "__main__":
+  cli.define_flags(Config)
+  cli.run(lambda: main(cli.config_from_flags(Config)))
