@@ -138,8 +138,8 @@ def main(config: Config) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]
   losses = {name: np.array([x[name] for _, x in runs]) for name in ("learned", "alike")}
 
   figure, axis = plt.subplots(figsize=(7, 4))
-  history = runs[0][0]
-  axis.stackplot(np.arange(len(history)) * CALL, history.T, labels=others, cmap="tab20")
+  history, colors = runs[0][0], plt.get_cmap("tab20").colors
+  axis.stackplot(np.arange(len(history)) * CALL, history.T, labels=others, colors=colors)
   axis.set(xlabel="meta-step", ylabel="share of the mixture", title=f"target: {config.target}")
   axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
   report.save_figure(config.figure, figure)

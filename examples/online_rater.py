@@ -11,8 +11,8 @@ itself, and `inner_loss` forms them. The rival is the same network with the loss
   python examples/online_rater.py     # half a minute on 2 cores
 
 Result, seeds 0 to 4: AUROC of true against flipped labels of held-out examples 0.986 ± 0.007, of
-the rival 0.541 ± 0.026, after 600 meta-steps. (In noisy_labels.py a rater that does not see the loss
-but has a score for each label reaches 0.944 in 2,000.)
+the rival 0.541 ± 0.026, after 600 meta-steps. (In noisy_labels.py a rater that does not see the
+loss, but has a score for each label, reaches 0.944 in 2,000.)
 """
 
 import dataclasses
