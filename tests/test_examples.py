@@ -82,7 +82,7 @@ def test_random_tokens_get_less_weight_than_true_ones_beside_them(tmp_path, caps
   rng = np.random.default_rng(0)
   path = tmp_path / "clean.jsonl"
   path.write_text(
-    "".join(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n" for _ in range(500))
+    "".join(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n" for _ in range(1200))
   )
   settings = dict(data=(str(path),), cache_dir=str(cache), seed=100, seeds=1, meta_steps=20)
   (auroc,) = _run("token_weights", tmp_path, capsys, **settings)
