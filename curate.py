@@ -205,7 +205,7 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
   if done and done[-1].about["next"] is None:
     return
   count = sum(len(shard.scores) for shard in done)
-  devices = jax.devices()
+  devices = sorted(jax.tree.leaves(job.rater.eta)[0].devices(), key=lambda device: device.id)
   print(f"device {devices[0].device_kind} x {len(devices)}, {count} documents scored before")
   bar = tqdm.tqdm(desc="scoring", initial=count, unit=" documents", smoothing=0.1)
   began, tokens_here = time.monotonic(), 0

@@ -377,9 +377,10 @@ def train_run(
   inputs, recipe = open_inputs(config, cache_dir), costs(config).recipes[run.model]
   model = language_model(config, run.model, inputs.corpus.vocab_size)
 
+  sets = {name: mesh.put(rows, None, "data") for name, rows in inputs.eval_sets.items()}
+
   def measure(params):
     nll = functools.partial(pretrain.mean_nll, model, params)
-    sets = {name: mesh.put(rows, None, "data") for name, rows in inputs.eval_sets.items()}
     row = {"nll": {name: float(nll(rows)) for name, rows in sets.items()}}
     if inputs.questions:
       row["accuracy"] = {

@@ -119,8 +119,8 @@ def stop_together() -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    if jax.process_count() == 1:
-      raise
+    if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+      raise  # asked to stop, all hosts end in the same place
     status = _report(error)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,5 +1,6 @@
 """What the examples on scikit-learn's 8 x 8 digits share: images, draws, small networks."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import sklearn.datasets
+
+import meta_step
+from datarater import batch_weights
 
 
 class Images(NamedTuple):
@@ -21,6 +25,13 @@ def split(rng: np.random.Generator, *sizes: int) -> list[Images]:
   pixels, label = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
   parts = np.split(rng.permutation(len(label)), np.cumsum(sizes))
   return [Images(pixels[rows], label[rows]) for rows in parts]
+
+
+def flip(rng: np.random.Generator, images: Images, share: float) -> tuple[Images, np.ndarray]:
+  """The images, a share of their labels replaced by another class; and which are [...] bool."""
+  flipped = rng.random(len(images.label)) < share
+  other = (images.label + rng.integers(1, 10, len(flipped))) % 10
+  return images._replace(label=np.where(flipped, other, images.label).astype(np.int32)), flipped
 
 
 def draw(rng: np.random.Generator, images: Images, *shape: int) -> Images:
@@ -43,3 +54,19 @@ def losses(theta: Any, images: Images) -> jax.Array:
   """Cross-entropy of the classifier on each image [...]."""
   logits = classifier.apply(theta, images.pixels)
   return optax.softmax_cross_entropy_with_integer_labels(logits, images.label)
+
+
+def weighted_loss(theta: Any, weights_B: jax.Array, images: Images) -> tuple[jax.Array, jax.Array]:
+  losses_B = losses(theta, images)
+  return weights_B @ losses_B, losses_B.mean()
+
+
+def weighted_images(score: Callable[[Any, Images], jax.Array]) -> meta_step.Problem:
+  """The DataRater's problem for the classifier: w = softmax of a batch of score(eta, images)."""
+  return meta_step.Problem(
+    init_inner=init_classifier,
+    metas=lambda eta, images: (batch_weights(score(eta, images)), {}),
+    inner_loss=weighted_loss,
+    outer_loss=lambda theta, images: losses(theta, images).mean(),
+    probe=score,
+  )

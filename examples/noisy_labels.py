@@ -28,14 +28,23 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import sklearn.metrics
-from digits import classifier, draw, init_classifier, losses, mlp, split
+from digits import (
+  classifier,
+  draw,
+  flip,
+  init_classifier,
+  mlp,
+  split,
+  weighted_images,
+  weighted_loss,
+)
 
 import cli
 import inner_loop
 import meta_step
 import report
 from cli import option
-from datarater import batch_weights, top_k_mask
+from datarater import top_k_mask
 
 N, T, B = 4, 2, 64  # inner models, inner steps, examples of a batch
 CALL = 50  # meta-steps in one compiled call
@@ -59,19 +68,8 @@ def score(eta, images):
   return jnp.take_along_axis(scores, images.label[..., None], -1)[..., 0]
 
 
-def inner_loss(theta, weights_B, images):
-  losses_B = losses(theta, images)
-  return weights_B @ losses_B, losses_B.mean()
-
-
 HOW = dict(
-  problem=meta_step.Problem(
-    init_inner=init_classifier,
-    metas=lambda eta, images: (batch_weights(score(eta, images)), {}),
-    inner_loss=inner_loss,
-    outer_loss=lambda theta, images: losses(theta, images).mean(),
-    probe=score,
-  ),
+  problem=weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(3e-3),
   meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=20),
   config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
@@ -83,7 +81,7 @@ meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
 def train_classifier(key, weights, batches):
   """theta after UPDATES updates under the given weights [UPDATES, B]."""
   state = inner_loop.init(HOW["inner_optimizer"], init_classifier(key))
-  return inner_loop.unroll(inner_loss, HOW["inner_optimizer"], state, weights, batches)[0].params
+  return inner_loop.unroll(weighted_loss, HOW["inner_optimizer"], state, weights, batches)[0].params
 
 
 def run(seed, config):
@@ -91,12 +89,7 @@ def run(seed, config):
   rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
   train, trusted, test = split(rng, 1000, 200)
 
-  def flip(images):
-    flipped = rng.random(len(images.label)) < config.flipped
-    other = (images.label + rng.integers(1, 10, len(flipped))) % 10
-    return images._replace(label=np.where(flipped, other, images.label).astype(np.int32)), flipped
-
-  (given, _), (held_out, flipped) = flip(train), flip(test)
+  (given, _), (held_out, flipped) = (flip(rng, x, config.flipped) for x in (train, test))
   state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
   for _ in range(config.meta_steps // CALL):
     batches = draw(rng, given, CALL, N, T, B), draw(rng, trusted, CALL, N, B)

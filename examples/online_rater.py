@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import sklearn.metrics
-from digits import draw, init_classifier, losses, mlp, split
+from digits import draw, flip, init_classifier, losses, mlp, split
 
 import cli
 import meta_step
@@ -92,12 +92,7 @@ def run(seed, config, name):
   rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
   train, trusted, test = split(rng, 1000, 200)
 
-  def flip(images):
-    flipped = rng.random(len(images.label)) < config.flipped
-    other = (images.label + rng.integers(1, 10, len(flipped))) % 10
-    return images._replace(label=np.where(flipped, other, images.label).astype(np.int32)), flipped
-
-  (given, _), (held_out, flipped) = flip(train), flip(test)
+  (given, _), (held_out, flipped) = (flip(rng, x, config.flipped) for x in (train, test))
   eta = rater.init(eta_key, jnp.zeros(64 + 10 + 1))
   state = meta_step.init(key, eta, probe=held_out, **how(KINDS[name]))
   for _ in range(config.meta_steps // CALL):

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-from digits import draw, init_classifier, losses, split
+from digits import draw, split, weighted_images
 
 import cli
 import meta_step
@@ -65,19 +65,8 @@ def score(eta, images):
   return rater.apply(eta, images.pixels)
 
 
-def inner_loss(theta, weights_B, images):
-  losses_B = losses(theta, images)
-  return weights_B @ losses_B, losses_B.mean()
-
-
 HOW = dict(
-  problem=meta_step.Problem(
-    init_inner=init_classifier,
-    metas=lambda eta, images: (batch_weights(score(eta, images)), {}),
-    inner_loss=inner_loss,
-    outer_loss=lambda theta, images: losses(theta, images).mean(),
-    probe=score,
-  ),
+  problem=weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(3e-3),
   meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=5, weight_decay=20.0),
   config=meta_step.MetaConfig(n_models=N, lifetime=30, mode="mixed_save"),

@@ -140,6 +140,14 @@ def test_two_hosts_evaluate_what_one_does(start, small_rater, tmp_path, two_devi
   flags = [f"--rater={small_rater}", "--models=nano", "--seeds=0", "--steps=12", "--batch=4"]
   flags += ["--evaluations=3", "--policies=none,datarater,pplx_bottom", "--sweep_discard=0.25,0.5"]
   said = finish(start_hosts(start, "two", *flags, script="evaluate.py"))
+
+  long = [*flags[:3], "--steps=40000", "--batch=4", "--evaluations=4000", "--policies=none"]
+  both = start_hosts(start, "asked", *long, script="evaluate.py")
+  curve = tmp_path / "asked" / "runs" / "nano-none-0-seed0" / "curve.jsonl"
+  jobs.wait_until(lambda: curve.exists() and curve.read_text(), both[0])
+  both[1].send_signal(signal.SIGTERM)  # one is asked, both stop
+  assert "stopped: checkpoint written after step" in finish(both)
+
   two_devices()
   assert finish([start("one", *flags, script="evaluate.py")]) == said.replace("two", "one")
   two, one = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("two", "one"))
