@@ -46,7 +46,8 @@ import report
 from cli import option
 from datarater import top_k_mask
 
-N, T, B = 4, 2, 64  # inner models, inner steps, examples of a batch
+N, T, B = 4, 2, 64  # inner models, inner steps, examples of an inner batch
+TRUSTED = 300  # images with trusted labels; an outer batch draws as many of them
 CALL = 50  # meta-steps in one compiled call
 UPDATES = 400  # of the classifiers that are compared
 
@@ -71,7 +72,7 @@ def score(eta, images):
 HOW = dict(
   problem=weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(3e-3),
-  meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=20),
+  meta_optimizer=meta_step.paper_meta_optimizer(1e-3, warmup=20),
   config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
 )
 meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
@@ -87,12 +88,12 @@ def train_classifier(key, weights, batches):
 def run(seed, config):
   """(scores of held-out examples, which labels are flipped, {training data: test accuracy})."""
   rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
-  train, trusted, test = split(rng, 1000, 200)
+  train, trusted, test = split(rng, 1000, TRUSTED)
 
   (given, _), (held_out, flipped) = (flip(rng, x, config.flipped) for x in (train, test))
   state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
   for _ in range(config.meta_steps // CALL):
-    batches = draw(rng, given, CALL, N, T, B), draw(rng, trusted, CALL, N, B)
+    batches = draw(rng, given, CALL, N, T, B), draw(rng, trusted, CALL, N, TRUSTED)
     state, _ = meta_steps(state, *batches, held_out)
 
   accuracy = {}

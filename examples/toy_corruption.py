@@ -5,7 +5,7 @@ kinds, its share uniform on [0, 1] (the paper's figure spans about 0.15 to 0.8; 
 raises R^2); the outer loss is on clean images. The rater is never told what is noise.
 
   theta' = Theta(theta, sum_i w_i grad l(x_i; theta)),   w = softmax over the batch of phi_eta(x)
-  eta    = argmin of the clean loss of theta after T = 2 such updates
+  eta    = argmin of the clean loss of theta after T = 4 such updates
 
   python examples/toy_corruption.py     # half a minute on 2 cores
 
@@ -36,7 +36,7 @@ import report
 from cli import option
 from datarater import batch_weights
 
-N, T, B, OUTER = 4, 2, 128, 512  # inner models, inner steps, images of an inner, an outer batch
+N, T, B, OUTER = 4, 4, 128, 512  # inner models, inner steps, images of an inner, an outer batch
 SNAPSHOTS = (0, 10, 30, 70)  # meta-steps, as in the paper's figure
 CALL = 10  # meta-steps in one compiled call
 
@@ -67,9 +67,9 @@ def score(eta, images):
 
 HOW = dict(
   problem=weighted_images(score),
-  inner_optimizer=meta_step.inner_adamw(3e-3),
-  meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=5, weight_decay=20.0),
-  config=meta_step.MetaConfig(n_models=N, lifetime=30, mode="mixed_save"),
+  inner_optimizer=meta_step.inner_adamw(1e-2),
+  meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=5, weight_decay=40.0),
+  config=meta_step.MetaConfig(n_models=N, lifetime=100, mode="mixed_save"),
 )
 meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
 
