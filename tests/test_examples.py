@@ -35,13 +35,13 @@ def _run(name, tmp_path, capsys, **settings):
 def test_weights_fall_with_corruption(tmp_path, capsys):
   r2 = _run("toy_corruption", tmp_path, capsys, seed=100, seeds=1)
   assert r2.shape == (1, 4)
-  assert r2[0, 0] < 0.6 < 0.7 < r2[0, 3]
+  assert r2[0, 0] < 0.6 < 0.8 < r2[0, 3]
 
 
 def test_flipped_labels_are_found(tmp_path, capsys):
   settings = dict(seed=100, seeds=1, meta_steps=300)
   auroc, accuracies = _run("noisy_labels", tmp_path, capsys, **settings)
-  assert auroc[0] > 0.8
+  assert auroc[0] > 0.88
   assert accuracies["rater's choice"] > accuracies["all labels"]
 
 
@@ -53,7 +53,7 @@ def test_a_rater_that_sees_the_loss_finds_flipped_labels_sooner(tmp_path, capsys
 def test_learned_rates_are_as_good_as_the_best_of_a_sweep(tmp_path, capsys):
   settings = dict(seed=100, seeds=1, meta_steps=40)
   learned, best = _run("learned_optimizer_hypers", tmp_path, capsys, **settings)
-  assert learned[0] < 1.05 * best[0]
+  assert learned[0] < best[0]
 
 
 def test_learned_initialisation_adapts_where_one_of_the_mixture_does_not(tmp_path, capsys):
