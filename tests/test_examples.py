@@ -36,6 +36,8 @@ def test_weights_fall_with_corruption(tmp_path, capsys):
   r2 = _run("toy_corruption", tmp_path, capsys, seed=100, seeds=1)
   assert r2.shape == (1, 4)
   assert r2[0, 0] < 0.6 < 0.8 < r2[0, 3]
+  noise, weights = importlib.import_module("toy_corruption").run(100)
+  assert np.corrcoef(noise, weights[-1])[0, 1] < -0.8  # R^2 has no sign
 
 
 def test_flipped_labels_are_found(tmp_path, capsys):
