@@ -1,7 +1,7 @@
 """Algorithm 1 of the DataRater paper: one meta-step, and several in one compiled call.
 
   for each inner model i, one after the other:
-    theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)       T updates: inner_loop.unroll_window
+    theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)       T updates of inner_loop
     B_k ~ D_test                                             the member's own outer batch
     g^i = d L(B_k; theta^i_{k+1}(eta_k)) / d eta             `meta_gradient`
     etabar^i = H(eta_k, g^i)                                 the member's own meta-Adam
@@ -267,13 +267,15 @@ def meta_gradient(eta, inner, inner_batch, outer_batch, problem, inner_optimizer
     lambda eta: problem.metas(eta, inner_batch), eta, has_aux=True
   )
 
-  def objective(metas):
-    state, inner_losses = inner_loop.unroll_window(
-      problem.inner_loss, inner_optimizer, inner, metas, inner_batch, mode
-    )
-    return problem.outer_loss(state.params, outer_batch), (state, inner_losses)
-
-  (outer_loss, (inner, inner_losses)), d_metas = jax.value_and_grad(objective, has_aux=True)(metas)
+  outer_loss, d_metas, inner, inner_losses = inner_loop.window_gradient(
+    lambda theta: problem.outer_loss(theta, outer_batch),
+    problem.inner_loss,
+    inner_optimizer,
+    inner,
+    metas,
+    inner_batch,
+    mode,
+  )
   (g,) = pull_back(d_metas)
   return g, inner, diagnostics | {"outer_loss": outer_loss, "inner_loss": inner_losses}
 
