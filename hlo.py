@@ -41,7 +41,7 @@ class _Instruction(NamedTuple):
 
 
 def traffic(text: str) -> Traffic:
-  """Of `compiled.as_text()`: of one device, as the module is partitioned already.
+  """Of the text of a compiled module: of one device, as the module is partitioned already.
 
   A fusion reads its operands, or of one that it only slices, the slices; it writes its results, or
   of one updated in place, the update. On-chip memory (TPU's VMEM) counts nothing.

@@ -114,7 +114,7 @@ def window_gradient(
     (value, (end, aux)), d_metas = gradient(metas)
     return value, d_metas, end, aux
 
-  forward, backward = _segment(loss_fn, optimizer, mode, window=True)
+  forward, backward = _segment(loss_fn, optimizer, mode, first=True, window=True)
   (end, aux), saved = forward(state, (metas, batches))
   value, d_params = jax.value_and_grad(outer_loss)(end.params)
   rest = jax.tree.map(jnp.zeros_like, _split_floating(end.opt_state)[0])
@@ -130,11 +130,11 @@ def _unroll(loss_fn, optimizer, state, metas, batches, mode, window=False):
   if mode == "reverse":
     return jax.lax.scan(_step(jax.grad(loss_fn, has_aux=True), optimizer), state, x)
 
-  def segment(state, x, window=False):
+  def segment(state, x, first=False, window=False):
     if mode == "mixed_save":
       gradient = _keeping_products(loss_fn, hessian=not window)
       return jax.lax.scan(_step(gradient, optimizer), state, x)
-    forward, backward = _segment(loss_fn, optimizer, mode, window)
+    forward, backward = _segment(loss_fn, optimizer, mode, first, window)
     rule = jax.custom_vjp(lambda state, x: forward(state, x)[0])
 
     def cotangents(saved, cotangent):
@@ -149,22 +149,25 @@ def _unroll(loss_fn, optimizer, state, metas, batches, mode, window=False):
 
   length = 1 if mode == "mixed_save" else SEGMENT
   first = (T - 1) % length + 1
-  state, aux = segment(state, jax.tree.map(lambda x: x[:first], x), window)
+  state, aux = segment(state, jax.tree.map(lambda x: x[:first], x), True, window)
   if first == T:
     return state, aux
   rest = jax.tree.map(lambda x: x[first:].reshape(-1, length, *x.shape[1:]), x)
-  # As a loop, what "mixed_save" keeps would be copied into and out of arrays with an axis T.
-  state, later = jax.lax.scan(segment, state, rest, unroll=mode == "mixed_save")
+  # A loop would copy what "mixed_save" keeps into and out of arrays with an axis T; and XLA fails
+  # to move to the host from a loop within a loop.
+  unrolled = mode in ("mixed_save", "mixed_offload")
+  state, later = jax.lax.scan(segment, state, rest, unroll=unrolled)
   joined = lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])])
   return state, jax.tree.map(joined, aux, later)
 
 
-def _segment(loss_fn, optimizer, mode, window):
+def _segment(loss_fn, optimizer, mode, first, window):
   """The derivative rule of some steps, (state, (metas, batches)) -> (state, aux): a forward pass
   that keeps the first state and every g_t, and the backward pass. Cotangents are lists, of the
   floating leaves.
 
-  window: the first state is a constant.
+  first: the state before these steps is the caller's own, who keeps it in any case.
+  window: it is a constant.
   """
   if mode not in MODES:
     raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
@@ -176,10 +179,9 @@ def _segment(loss_fn, optimizer, mode, window):
       grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, meta, batch)
       return _update(optimizer, state, grads, meta), (aux, to_host(grads))
 
-    # The first state of a window stays where it is: its caller has it anyway.
-    start = state if window else to_host(state)
-    first, later = _first_and_later(x)
-    state, (aux_0, grads_0) = step(state, first)
+    start = state if first else to_host(state)
+    x_0, later = _first_and_later(x)
+    state, (aux_0, grads_0) = step(state, x_0)
     state, (aux, grads) = jax.lax.scan(step, state, later)
     return (state, _joined(aux_0, aux)), (start, (grads_0, grads), x)
 
@@ -214,10 +216,10 @@ def _segment(loss_fn, optimizer, mode, window):
         cotangent[theta] = [a + b for a, b in zip(cotangent[theta], hessian_u, strict=True)]
       return cotangent, meta_cotangent
 
-    first, later = _first_and_later(x)
-    xs = jnp.arange(1, _steps(x)), grads_T[1], later
+    (grads_0, grads), (x_0, later) = grads_T, _first_and_later(x)
+    xs = jnp.arange(1, _steps(x)), grads, later
     cotangent, of_metas = jax.lax.scan(step, cotangent, xs, reverse=True)
-    cotangent, of_meta_0 = step(cotangent, (0, grads_T[0], first), constant_theta=window)
+    cotangent, of_meta_0 = step(cotangent, (0, grads_0, x_0), constant_theta=window)
     return cotangent, _joined(of_meta_0, of_metas)
 
   return forward, backward

@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
   temp: float  # bytes
   peak: float  # bytes: all of these at once
   work: flops.Flops  # of all devices, one meta-step
-  traffic: hlo.Traffic | None  # of one meta-step; None where the compiler gives no text
+  traffic: hlo.Traffic | None  # of one meta-step; None where it does not fit
   estimate: float | None  # seconds of one meta-step, the compiler's own; loops' bodies once
   seconds: float  # that compiling took
   refusal: str  # of the compiler, where the program does not fit
@@ -80,12 +80,12 @@ def compile_run(config: train.Config, target: str, mesh_spec: str | None, vocabu
     work = flops.count_jaxpr(traced.jaxpr.jaxpr).times(1 / M)
     lowered = traced.lower(lowering_platforms=(chip.platform,))
     try:
-      compiled = lowered.compile()
+      compiled, text = targets.compile_with_text(lowered)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return _refused(str(error), grid.size, work, time.monotonic() - start)
-  return _measured(compiled, chip, grid.size, work, M, time.monotonic() - start)
+  return _measured(compiled, text, chip, grid.size, work, M, time.monotonic() - start)
 
 
 def report(
@@ -137,8 +137,6 @@ def report(
     ]
     for kind, (times, size) in sorted(hlo.by_kind(c.traffic.collectives).items()):
       lines.append(f"  {kind:22s} {giga(size)} in {times:.0f}")
-  elif not c.refusal:
-    lines.append("  memory traffic         unknown: the compiler gives no text of its module")
   if c.estimate and c.estimate > 0:
     lines.append(f"  compiler's estimate    {c.estimate:.3g} s, loops' bodies taken once")
   if step_time:
@@ -203,19 +201,16 @@ def _refused(error, devices, work, seconds):
   return Compiled(devices, False, nan, nan, nan, peak, work, None, None, seconds, said)
 
 
-def _measured(compiled, chip, devices, work, M, seconds):
+def _measured(compiled, text, chip, devices, work, M, seconds):
   memory = compiled.memory_analysis()
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   peak = arguments + outputs + temp
-  try:
-    traffic = hlo.traffic(compiled.as_text())
-    traffic = traffic._replace(
-      bytes=traffic.bytes / M,
-      collectives=[c._replace(times=c.times / M) for c in traffic.collectives],
-    )
-  except (jax.errors.JaxRuntimeError, ValueError):  # a module newer than this JAX can read
-    traffic = None
+  traffic = hlo.traffic(text)
+  traffic = traffic._replace(
+    bytes=traffic.bytes / M,
+    collectives=[c._replace(times=c.times / M) for c in traffic.collectives],
+  )
   costs = compiled.cost_analysis() or {}
   estimate = costs.get("optimal_seconds")
   fits = peak <= chip.memory

@@ -8,8 +8,10 @@ own version and `ptxas` compile for an H100. Nothing can be run.
 import contextlib
 import importlib.util
 import os
+import pathlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,13 +118,23 @@ def device(target: str) -> Any:
   return devices(target)[0]
 
 
-def compile_for(target: str, function: Callable, *shapes: Any):
-  """`function` of jax.ShapeDtypeStructs for one device of the target."""
+def compile_for(target: str, function: Callable, *shapes: Any) -> tuple[jax.stages.Compiled, str]:
+  """`function` of jax.ShapeDtypeStructs for one device of the target, and the module's text."""
   here = SingleDeviceSharding(device(target))
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
   with lowering_for(target):
     traced = jax.jit(function, out_shardings=here).trace(*shapes)
-    return traced.lower(lowering_platforms=(chip(target).platform,)).compile()
+    return compile_with_text(traced.lower(lowering_platforms=(chip(target).platform,)))
+
+
+def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+  """`lowered.compile()`, and the text of the module as the target's compiler prints it itself:
+  JAX cannot read the modules of every libtpu back, and `as_text` then fails."""
+  with tempfile.TemporaryDirectory() as folder:
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=dump)
+    (path,) = pathlib.Path(folder).glob("*after_optimizations.txt")
+    return compiled, path.read_text()
 
 
 @contextlib.contextmanager

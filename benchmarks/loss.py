@@ -84,7 +84,7 @@ def main():
           compiled = (
             jax.jit(function).lower(*shapes).compile()
             if run
-            else targets.compile_for(args.target, function, *shapes)
+            else targets.compile_for(args.target, function, *shapes)[0]
           )
           temp = compiled.memory_analysis().temp_size_in_bytes
           dense[order] = temp if backend == "reference" else dense.get(order, math.nan)

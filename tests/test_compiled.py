@@ -59,7 +59,7 @@ def _compile(target, backend, order, V, dtype="bfloat16"):
 
 
 def _temp(compiled):
-  return compiled.memory_analysis().temp_size_in_bytes
+  return compiled[0].memory_analysis().temp_size_in_bytes
 
 
 def _largest_temporary(text, V):
@@ -73,7 +73,7 @@ def _largest_temporary(text, V):
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_small(target, V, order):
   compiled = _compile(target, _backend(target), order, V)  # Mosaic or ptxas refuses what is too big
-  text = compiled.as_text()
+  _, text = compiled
   kernel_call = "xla.gpu.triton" if target == "h100" else "tpu_custom_call"
   assert kernel_call in text  # not an interpreter
   assert _largest_temporary(text, V) < N * V / 5
@@ -88,8 +88,7 @@ def test_kernels_compile_small(target, V, order):
 def test_temporary_memory_is_a_tenth_of_the_dense_module(target, order):
   V = 32_000
   dense = _compile(target, "reference", order, V)
-  if target in ("v5e", "h100"):  # this libtpu prints modules for the others that JAX cannot read
-    assert _largest_temporary(dense.as_text(), V) >= N * V  # the search sees what it looks for
+  assert _largest_temporary(dense[1], V) >= N * V  # the search sees what it looks for
   assert _temp(_compile(target, _backend(target), order, V)) < _temp(dense) / 10
 
 
@@ -153,19 +152,19 @@ def test_train_plans_what_the_planner_does(tmp_path):
   )
 
 
+@pytest.mark.parametrize("T", [8, 24])  # one segment, and three
 @pytest.mark.parametrize("target", ["v5e", "h100"])
-def test_saved_states_wait_in_the_memory_of_the_host(target):
+def test_saved_states_wait_in_the_memory_of_the_host(target, T):
   if missing[target]:
     pytest.skip(reason)
-  T, B, W = 8, 64, 2048
+  B, W = 64, 2048
 
   def loss(w_WW, weights_B, x_BW):
     return jnp.mean(weights_B * jnp.sum(jnp.tanh(x_BW @ w_WW) ** 2, -1)), ()
 
-  def meta_gradient(mode, weights_TB, w_WW, x_TBW):
-    optimizer = optax.adam(1e-3, eps_root=1e-8)
-    state = inner_loop.init(optimizer, w_WW)
+  optimizer = optax.adam(1e-3, eps_root=1e-8)
 
+  def meta_gradient(mode, weights_TB, state, x_TBW):
     def outer(weights_TB):
       after, _ = inner_loop.unroll(loss, optimizer, state, weights_TB, x_TBW, mode)
       return loss(after.params, jnp.ones(B), x_TBW[0])[0]
@@ -174,14 +173,16 @@ def test_saved_states_wait_in_the_memory_of_the_host(target):
 
   memory = {}
   for mode in ("mixed", "mixed_offload"):
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((T, B), (W, W), (T, B, W))]
-    compiled = targets.compile_for(target, functools.partial(meta_gradient, mode), *shapes)
+    weights, w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((T, B), (W, W), (T, B, W)))
+    state = jax.eval_shape(functools.partial(inner_loop.init, optimizer), w)
+    function = functools.partial(meta_gradient, mode)
+    compiled, _ = targets.compile_for(target, function, weights, state, x)
     memory[mode] = compiled.memory_analysis()
-  saved = 4 * T * 4 * W * W  # a step: theta, Adam's two moments, the gradient, in float32
+  gradients = T * 4 * W * W  # in float32
   assert memory["mixed"].host_temp_size_in_bytes == 0
-  assert memory["mixed_offload"].host_temp_size_in_bytes == saved
+  assert gradients <= memory["mixed_offload"].host_temp_size_in_bytes < 1.3 * gradients
   gone = memory["mixed"].temp_size_in_bytes - memory["mixed_offload"].temp_size_in_bytes
-  assert gone > 0.5 * saved  # a v5e keeps some of them on chip
+  assert gone > 0.5 * gradients  # a v5e keeps some of them on chip
 
 
 @pytest.mark.skipif(missing["v5e"], reason=reason)
