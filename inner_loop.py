@@ -58,11 +58,12 @@ def unroll(
     batches: pytree with a leading axis T.
     mode: how the gradient of the result is formed; the result itself is the same.
       "mixed": MixFlow-MG, saves g_t and each eighth state: 8 forward units (F; 9 in attention) for
-        a step's Hessian-vector product, of which 2 F (3 F) repeat what the forward pass did.
+        a step's Hessian-vector product, of which 2 F (3 F) repeat what the forward pass did. The
+        element-wise optimiser runs 2 min(T, 8) times more a step, to form the states again.
       "mixed_offload": the same, but what is saved waits in the host's memory.
       "mixed_save": MixFlow-MG, each step also saves the results of its matrix products, forward
         and backward: 6 F, at the memory of T steps' activations. Faster on CPUs. Its steps are
-        unrolled: the compile time grows with T.
+        unrolled: the compile time grows with T. (So do segments of eight of "mixed_offload".)
       "reverse": plain autodiff, the yardstick.
       "first_order": ablation, drops H u: theta_t counts as a constant of the later gradients.
 
