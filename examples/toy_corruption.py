@@ -15,37 +15,24 @@ Result, seeds 0 to 4, held-out images, R^2 of the fit of weight on noise at meta
 scores' spread small, and so the weights near linear in them.
 """
 
-import dataclasses
 import functools
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import common
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from common import Config
 from digits import draw, split, weighted_images
 
-import cli
 import meta_step
-import report
-from cli import option
 from datarater import batch_weights
 
 N, T, B, OUTER = 4, 4, 128, 512  # inner models, inner steps, images of an inner, an outer batch
 SNAPSHOTS = (0, 10, 30, 70)  # meta-steps, as in the paper's figure
 CALL = 10  # meta-steps in one compiled call
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  seed: int = option(0, "the first of the seeds")
-  seeds: int = option(5, "runs, for the spread")
-  figure: str = option("runs/toy_corruption.png", "file of the figure")
 
 
 def mlp_of_steps(pixels):
@@ -103,25 +90,21 @@ def run(seed):
 
 
 def main(config: Config) -> np.ndarray:
-  """R^2 of the linear fit of weight on noise, [seeds, snapshots]."""
-  runs = [run(seed) for seed in range(config.seed, config.seed + config.seeds)]
+  """Pearson's r of weight and noise [seeds, snapshots]: negative where weights fall."""
+  runs = [run(seed) for seed in common.seeds(config)]
   fits = [[scipy.stats.linregress(noise, w) for w in weights] for noise, weights in runs]
-  r2 = np.array([[fit.rvalue**2 for fit in row] for row in fits])
+  r = np.array([[fit.rvalue for fit in row] for row in fits])
   figure, axes = plt.subplots(1, len(SNAPSHOTS), figsize=(13, 3), sharey=True)
-  (noise, weights), row = runs[0], fits[0]
-  for axis, k, w, fit in zip(axes, SNAPSHOTS, weights, row, strict=True):
+  noise, weights = runs[0]
+  for axis, k, w, fit in zip(axes, SNAPSHOTS, weights, fits[0], strict=True):
     axis.scatter(noise, w, s=6, alpha=0.5)
     axis.plot(noise, fit.intercept + fit.slope * noise, color="black", lw=1)
     axis.set(title=f"meta-step {k}, $R^2$ = {fit.rvalue**2:.3f}", xlabel="noise fraction")
   axes[0].set_ylabel(f"weight in a batch of {B}")
-  report.save_figure(config.figure, figure)
-  shown = ", ".join(
-    f"{k}: {x.mean():.3f} ± {x.std():.3f}" for k, x in zip(SNAPSHOTS, r2.T, strict=True)
-  )
-  print(f"R^2 of weight on noise at meta-step {shown} ({len(r2)} seeds)")
-  return r2
+  shown = ", ".join(f"{k}: {common.spread(r2)}" for k, r2 in zip(SNAPSHOTS, r.T**2, strict=True))
+  common.show(config, figure, f"R^2 of weight on noise at meta-step {shown}")
+  return r
 
 
 if __name__ == "__main__":
-  cli.define_flags(Config)
-  cli.run(lambda: main(cli.config_from_flags(Config)))
+  common.start(main, Config)
