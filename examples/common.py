@@ -10,6 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -40,6 +41,11 @@ def calls(meta_steps: int, call: int) -> range:
   """One for each compiled call of so many meta-steps."""
   check(meta_steps % call == 0, f"--meta_steps={meta_steps} is not a multiple of {call}")
   return range(meta_steps // call)
+
+
+def repeat(tree: Any, T: int) -> Any:
+  """[T, ...]: the same in every step."""
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (T, *x.shape)), tree)
 
 
 def train(loss, optimizer: optax.GradientTransformation, theta: Any, metas: Any, batches: Any):

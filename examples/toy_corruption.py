@@ -15,9 +15,8 @@ Result, seeds 0 to 4, held-out images, R^2 of the fit of weight on noise at meta
 scores' spread small, and so the weights near linear in them.
 """
 
-import functools
-
 import common
+import digits
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 from common import Config
-from digits import draw, split, weighted_images
 
 import meta_step
 from datarater import batch_weights
@@ -53,12 +51,12 @@ def score(eta, images):
 
 
 HOW = dict(
-  problem=weighted_images(score),
+  problem=digits.weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(1e-2),
   meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=5, weight_decay=40.0),
   config=meta_step.MetaConfig(n_models=N, lifetime=100, mode="mixed_save"),
 )
-meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
+meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
 
 
 def corrupt(pixels, rng):
@@ -75,16 +73,16 @@ def corrupt(pixels, rng):
 def run(seed):
   """Noise of held-out images [P], and their weights in a batch of B at each snapshot [.., P]."""
   rng = np.random.default_rng(seed)
-  noisy, clean, held_out = split(rng, 900, 400)
+  noisy, clean, held_out = digits.split(rng, 900, 400)
   pixels, noise = corrupt(held_out.pixels, rng)
   held_out = held_out._replace(pixels=pixels)
   eta_key, key = jax.random.split(jax.random.key(seed))
   state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
   weights = {0: batch_weights(state.probe_scores)}
   for k in range(CALL, SNAPSHOTS[-1] + 1, CALL):
-    inner = draw(rng, noisy, CALL, N, T, B)
+    inner = digits.draw(rng, noisy, CALL, N, T, B)
     inner = inner._replace(pixels=corrupt(inner.pixels, rng)[0])
-    state, _ = meta_steps(state, inner, draw(rng, clean, CALL, N, OUTER), held_out)
+    state, _ = meta_steps(state, inner, digits.draw(rng, clean, CALL, N, OUTER), held_out)
     weights[k] = batch_weights(state.probe_scores)
   return noise, np.array([weights[k] for k in SNAPSHOTS]) * len(noise) / B
 
