@@ -100,7 +100,7 @@ def main(config: Config) -> tuple[np.ndarray, np.ndarray]:
   runs = [run(seed, config) for seed in common.seeds(config)]
   learned, best = np.array([(test, sweep[i]) for _, test, sweep, i in runs]).T
   history, _, sweep, i = runs[0]
-  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
   rates = np.exp(history)[..., 0]
   left.semilogy(np.arange(len(rates)) * CALL, rates, label=LAYERS)
   left.axhline(SWEEP[i], color="black", lw=0.7, label="best of the sweep")

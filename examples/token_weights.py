@@ -98,8 +98,8 @@ def run(seed, config, corpus):
   inner, outer = draw("train", CALL, N, T, B), draw("outer", CALL, N, B)
   for _ in common.calls(config.meta_steps, CALL):
     state, _ = meta_steps(state, corrupt(next(inner), rng)[0], next(outer), held_out)
-  scores = np.asarray(state.probe_scores)
-  within = random.any(-1)[:, None] & (held_out.segments > 0)
+  scores = np.where(held_out.segments > 0, state.probe_scores, np.nan)
+  within = random.any(-1)[:, None] & ~np.isnan(scores)
   good, bad = scores[within & ~random], scores[within & random]
   return random, scores, scipy.stats.mannwhitneyu(good, bad).statistic / (len(good) * len(bad))
 
@@ -115,7 +115,7 @@ def main(config: Config) -> np.ndarray:
   axes[0].imshow(random[shown], aspect="auto", cmap="Greys")
   axes[1].imshow(scores[shown], aspect="auto", cmap="RdBu")
   axes[0].set(title="random tokens", xlabel="token", ylabel="sequence")
-  axes[1].set(title="score of the rater (blue: high)", xlabel="token")
+  axes[1].set(title="score (blue: high, grey: padding)", xlabel="token", facecolor="grey")
   line = "AUROC of true against random tokens of the same sequences"
   common.show(config, figure, f"{line} {common.spread(auroc)}")
   return auroc
