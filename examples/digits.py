@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import common  # noqa: F401 (the root on the path)
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import sklearn.datasets
+import sklearn.metrics
 
 import meta_step
 from datarater import batch_weights
@@ -56,6 +59,10 @@ def losses(theta: Any, images: Images) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, images.label)
 
 
+def mean_loss(theta: Any, images: Images) -> jax.Array:
+  return losses(theta, images).mean()
+
+
 def weighted_loss(theta: Any, weights_B: jax.Array, images: Images) -> tuple[jax.Array, jax.Array]:
   losses_B = losses(theta, images)
   return weights_B @ losses_B, losses_B.mean()
@@ -67,6 +74,17 @@ def weighted_images(score: Callable[[Any, Images], jax.Array]) -> meta_step.Prob
     init_inner=init_classifier,
     metas=lambda eta, images: (batch_weights(score(eta, images)), {}),
     inner_loss=weighted_loss,
-    outer_loss=lambda theta, images: losses(theta, images).mean(),
+    outer_loss=mean_loss,
     probe=score,
   )
+
+
+def auroc(scores: jax.Array, flipped: np.ndarray) -> float:
+  """Of true against flipped labels."""
+  return sklearn.metrics.roc_auc_score(~flipped, scores)
+
+
+def histogram(axis: plt.Axes, scores: jax.Array, flipped: np.ndarray) -> None:
+  scores, labels = np.asarray(scores), ["true label", "flipped label"]
+  axis.hist([scores[~flipped], scores[flipped]], bins=40, stacked=True, label=labels)
+  axis.set(xlabel="score of a held-out example", ylabel="examples")

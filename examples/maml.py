@@ -16,12 +16,8 @@ network of the mixture: 8.7 times lower, at least 7.4 (with 5,000 updates 0.168 
 """
 
 import dataclasses
-import sys
-from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import common
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -29,15 +25,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-import cli
-import inner_loop
-import report
-from cli import option
-
 T, K, QUERY = 5, 10, 50  # inner steps, points to adapt to, points to be judged on
-RATE = 0.02  # of the inner SGD
 TASKS = 25  # of one outer update
-RIVAL_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+RATE, RIVAL_RATES = 0.02, (0.001, 0.003, 0.01, 0.03, 0.1)  # of the inner SGD
 
 network = hk.without_apply_rng(
   hk.transform(lambda x: hk.nets.MLP([40, 40, 1], activation=jnp.tanh)(x[:, None])[:, 0])
@@ -45,11 +35,8 @@ network = hk.without_apply_rng(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  seed: int = option(0, "the first of the seeds")
-  seeds: int = option(5, "runs, for the spread")
-  updates: int = option(3000, "outer updates, of either way of training")
-  figure: str = option("runs/maml.png", "file of the figure")
+class Config(common.Config):
+  updates: int = common.option(3000, "outer updates, of either way of training")
 
 
 def sines(key, tasks):
@@ -68,78 +55,65 @@ def loss(theta, meta, points):
 
 def adapt(theta, support, rate=RATE):
   """theta after T steps of SGD on one task's points."""
-  optimizer = optax.sgd(rate)
-  batches = jax.tree.map(lambda x: jnp.broadcast_to(x, (T, *x.shape)), support)
-  state = inner_loop.init(optimizer, theta)
-  return inner_loop.unroll(loss, optimizer, state, None, batches)[0].params
+  return common.train(loss, optax.sgd(rate), theta, None, common.repeat(support, T))
 
 
 def after_adapting(theta, tasks, rate=RATE):
   """Mean loss on the query points, each task's network adapted to its own K points."""
-
-  def one(x, y):
-    return loss(adapt(theta, (x[:K], y[:K]), rate), None, (x[K:], y[K:]))[0]
-
+  one = lambda x, y: loss(adapt(theta, (x[:K], y[:K]), rate), None, (x[K:], y[K:]))[0]
   return jax.vmap(one)(*tasks).mean()
+
+
+judge = jax.jit(after_adapting)
 
 
 def on_the_mixture(theta, tasks):
   return jax.vmap(lambda x, y: loss(theta, None, (x, y))[0])(*tasks).mean()
 
 
-@partial(jax.jit, static_argnums=(0, 2))
+@jax.jit(static_argnums=(0, 2))
 def train(objective, key, updates):
   """theta_0 after Adam on the objective, fresh tasks in every update."""
   optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(1e-3))
-  theta = network.init(key, jnp.zeros(1))
-
-  def update(carry, key):
-    theta, opt_state = carry
-    grads = jax.grad(objective)(theta, sines(key, TASKS))
-    updates, opt_state = optimizer.update(grads, opt_state)
-    return (optax.apply_updates(theta, updates), opt_state), None
-
   keys = jax.random.split(jax.random.fold_in(key, 1), updates)
-  return jax.lax.scan(update, (theta, optimizer.init(theta)), keys)[0][0]
+  fresh = lambda theta, _, key: (objective(theta, sines(key, TASKS)), None)
+  return common.train(fresh, optimizer, network.init(key, jnp.zeros(1)), None, keys)
+
+
+def run(seed, config):
+  """(losses on 500 new tasks after T steps, {network: (theta_0, rate)}, one of the tasks)."""
+  key = jax.random.key(seed)
+  learned, rival = (train(f, key, config.updates) for f in (after_adapting, on_the_mixture))
+  tasks, others = (sines(jax.random.fold_in(key, i), 500) for i in (2, 3))
+  rate = min(RIVAL_RATES, key=lambda rate: judge(rival, others, rate))
+  networks = {"learned": (learned, RATE), "of the mixture": (rival, rate)}
+  losses = [judge(theta, tasks, rate) for theta, rate in networks.values()]
+  return losses, networks, [a[0] for a in tasks]
 
 
 def main(config: Config) -> tuple[np.ndarray, np.ndarray]:
   """Losses on 500 new tasks after T steps [seeds]: learned initialisation, that of the mixture."""
-  judge = jax.jit(after_adapting)
-  ours, theirs = [], []
-  for seed in range(config.seed, config.seed + config.seeds):
-    key = jax.random.key(seed)
-    learned, rival = (train(f, key, config.updates) for f in (after_adapting, on_the_mixture))
-    tasks, others = (sines(jax.random.fold_in(key, i), 500) for i in (2, 3))
-    rate = min(RIVAL_RATES, key=lambda rate: judge(rival, others, rate))
-    ours.append(judge(learned, tasks))
-    theirs.append(judge(rival, tasks, rate))
-  plot(config.figure, {"learned": (learned, RATE), "of the mixture": (rival, rate)}, tasks)
-  ours, theirs = np.array(ours), np.array(theirs)
-  print(
-    f"loss after {T} steps {ours.mean():.3f} ± {ours.std():.3f}, trained on the mixture "
-    f"{theirs.mean():.3f} ± {theirs.std():.3f}: {(theirs / ours).mean():.1f} times lower, "
-    f"at least {(theirs / ours).min():.1f} ({config.seeds} seeds)"
-  )
-  return ours, theirs
-
-
-def plot(path, networks, tasks):
-  """One task: its points, and what each network makes of them in 0 and in T steps."""
-  x, y = (a[0] for a in tasks)
+  runs = [run(seed, config) for seed in common.seeds(config)]
+  ours, theirs = np.array([losses for losses, *_ in runs]).T
+  _, networks, (x, y) = runs[-1]
   grid = jnp.linspace(-5, 5, 200)
   figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
   for axis, (name, (theta, rate)) in zip(axes, networks.items(), strict=True):
-    after = adapt(theta, (x[:K], y[:K]), rate=rate)
+    after = adapt(theta, (x[:K], y[:K]), rate)
     axis.plot(grid, network.apply(theta, grid), ":", label="after 0 steps")
     axis.plot(grid, network.apply(after, grid), label=f"after {T} steps")
     axis.plot(jnp.sort(x), y[jnp.argsort(x)], "k", lw=0.7, label="the task")
     axis.plot(x[:K], y[:K], "ko", ms=4)
     axis.set_title(name)
   axes[0].legend(fontsize=8)
-  report.save_figure(path, figure)
+  common.show(
+    config,
+    figure,
+    f"loss after {T} steps {common.spread(ours)}, trained on the mixture {common.spread(theirs)}: "
+    f"{(theirs / ours).mean():.1f} times lower, at least {(theirs / ours).min():.1f}",
+  )
+  return ours, theirs
 
 
 if __name__ == "__main__":
-  cli.define_flags(Config)
-  cli.run(lambda: main(cli.config_from_flags(Config)))
+  common.start(main, Config)

@@ -17,33 +17,15 @@ images alone 94.7 ± 2.1%: the rater's choice is no better than those within the
 """
 
 import dataclasses
-import functools
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import common
+import digits
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import sklearn.metrics
-from digits import (
-  classifier,
-  draw,
-  flip,
-  init_classifier,
-  mlp,
-  split,
-  weighted_images,
-  weighted_loss,
-)
 
-import cli
-import inner_loop
 import meta_step
-import report
-from cli import option
 from datarater import top_k_mask
 
 N, T, B = 4, 2, 64  # inner models, inner steps, examples of an inner batch
@@ -53,15 +35,12 @@ UPDATES = 400  # of the classifiers that are compared
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  seed: int = option(0, "the first of the seeds")
-  seeds: int = option(5, "runs, for the spread")
-  flipped: float = option(0.2, "share of the training labels that are wrong")
-  meta_steps: int = option(2000, f"updates of the rater, a multiple of {CALL}")
-  figure: str = option("runs/noisy_labels.png", "file of the figure")
+class Config(common.Config):
+  flipped: float = common.option(0.2, "share of the training labels that are wrong")
+  meta_steps: int = common.option(2000, f"updates of the rater, a multiple of {CALL}")
 
 
-rater = mlp(64, 10)
+rater = digits.mlp(64, 10)
 
 
 def score(eta, images):
@@ -70,30 +49,29 @@ def score(eta, images):
 
 
 HOW = dict(
-  problem=weighted_images(score),
+  problem=digits.weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(3e-3),
   meta_optimizer=meta_step.paper_meta_optimizer(1e-3, warmup=20),
   config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
 )
-meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
+meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
 
 
 @jax.jit
 def train_classifier(key, weights, batches):
   """theta after UPDATES updates under the given weights [UPDATES, B]."""
-  state = inner_loop.init(HOW["inner_optimizer"], init_classifier(key))
-  return inner_loop.unroll(weighted_loss, HOW["inner_optimizer"], state, weights, batches)[0].params
+  theta = digits.init_classifier(key)
+  return common.train(digits.weighted_loss, HOW["inner_optimizer"], theta, weights, batches)
 
 
 def run(seed, config):
   """(scores of held-out examples, which labels are flipped, {training data: test accuracy})."""
   rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
-  train, trusted, test = split(rng, 1000, TRUSTED)
-
-  (given, _), (held_out, flipped) = (flip(rng, x, config.flipped) for x in (train, test))
+  train, trusted, test = digits.split(rng, 1000, TRUSTED)
+  (given, _), (held_out, flipped) = (digits.flip(rng, x, config.flipped) for x in (train, test))
   state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
-  for _ in range(config.meta_steps // CALL):
-    batches = draw(rng, given, CALL, N, T, B), draw(rng, trusted, CALL, N, TRUSTED)
+  for _ in common.calls(config.meta_steps, CALL):
+    batches = digits.draw(rng, given, CALL, N, T, B), digits.draw(rng, trusted, CALL, N, TRUSTED)
     state, _ = meta_steps(state, *batches, held_out)
 
   accuracy = {}
@@ -103,37 +81,32 @@ def run(seed, config):
     "true labels": train,
     "trusted images": trusted,
   }.items():
-    batches, keep = draw(rng, images, UPDATES, B), np.ones((UPDATES, B), bool)
+    batches, keep = digits.draw(rng, images, UPDATES, B), np.ones((UPDATES, B), bool)
     if name == "rater's choice":
       keep = top_k_mask(score(state.eta, batches), config.flipped)
     theta = train_classifier(key, keep / keep.sum(-1, keepdims=True), batches)
-    answers = classifier.apply(theta, test.pixels).argmax(-1)
+    answers = digits.classifier.apply(theta, test.pixels).argmax(-1)
     accuracy[name] = np.mean(answers == test.label)
   return state.probe_scores, flipped, accuracy
 
 
 def main(config: Config) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """AUROC [seeds] of true against flipped labels; test accuracies {training data: [seeds]}."""
-  runs = [run(seed, config) for seed in range(config.seed, config.seed + config.seeds)]
-  auroc = np.array([sklearn.metrics.roc_auc_score(~flipped, scores) for scores, flipped, _ in runs])
+  runs = [run(seed, config) for seed in common.seeds(config)]
+  auroc = np.array([digits.auroc(scores, flipped) for scores, flipped, _ in runs])
   accuracies = {name: np.array([a[name] for *_, a in runs]) for name in runs[0][2]}
-  scores, flipped, _ = runs[0]
   figure, axis = plt.subplots(figsize=(5, 3))
-  groups = [scores[~flipped], scores[flipped]]
-  axis.hist(groups, bins=40, stacked=True, label=["true label", "flipped label"])
-  axis.set(xlabel="score of a held-out example", ylabel="examples")
+  digits.histogram(axis, *runs[0][:2])
   axis.legend()
-  report.save_figure(config.figure, figure)
-  shown = ", ".join(
-    f"{k} {100 * a.mean():.1f} ± {100 * a.std():.1f}%" for k, a in accuracies.items()
-  )
-  print(
-    f"AUROC of true against flipped labels {auroc.mean():.3f} ± {auroc.std():.3f}; accuracy of a "
-    f"classifier trained on {shown} ({config.seeds} seeds)"
+  shown = ", ".join(f"{name} {common.spread(100 * a, 1)}%" for name, a in accuracies.items())
+  common.show(
+    config,
+    figure,
+    f"AUROC of true against flipped labels {common.spread(auroc)}; accuracy of a classifier "
+    f"trained on {shown}",
   )
   return auroc, accuracies
 
 
 if __name__ == "__main__":
-  cli.define_flags(Config)
-  cli.run(lambda: main(cli.config_from_flags(Config)))
+  common.start(main, Config)

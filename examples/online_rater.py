@@ -16,23 +16,15 @@ loss, but has a score for each label and 300 trusted images, not 200, reaches 0.
 """
 
 import dataclasses
-import functools
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import common
+import digits
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import sklearn.metrics
-from digits import draw, flip, init_classifier, losses, mlp, split
 
-import cli
 import meta_step
-import report
-from cli import option
 from datarater import batch_weights
 
 N, T, B = 4, 2, 64  # inner models, inner steps, examples of a batch
@@ -40,15 +32,12 @@ CALL = 50  # meta-steps in one compiled call
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  seed: int = option(0, "the first of the seeds")
-  seeds: int = option(5, "runs, for the spread")
-  flipped: float = option(0.2, "share of the training labels that are wrong")
-  meta_steps: int = option(600, f"updates of the rater, a multiple of {CALL}")
-  figure: str = option("runs/online_rater.png", "file of the figure")
+class Config(common.Config):
+  flipped: float = common.option(0.2, "share of the training labels that are wrong")
+  meta_steps: int = common.option(600, f"updates of the rater, a multiple of {CALL}")
 
 
-rater = mlp(64, 1)
+rater = digits.mlp(64, 1)
 
 
 def score(eta, images, losses_B):
@@ -59,19 +48,16 @@ def score(eta, images, losses_B):
 
 def how(sees_loss: bool):
   def inner_loss(theta, eta, images):
-    losses_B = losses(theta, images)
+    losses_B = digits.losses(theta, images)
     seen_B = jax.lax.stop_gradient(losses_B) * sees_loss
     return batch_weights(score(eta, images, seen_B)) @ losses_B, losses_B.mean()
 
   return dict(
     problem=meta_step.Problem(
-      init_inner=init_classifier,
-      metas=lambda eta, images: (
-        jax.tree.map(lambda x: jnp.broadcast_to(x, (T, *x.shape)), eta),
-        {},
-      ),
+      init_inner=digits.init_classifier,
+      metas=lambda eta, images: (common.repeat(eta, T), {}),
       inner_loss=inner_loss,
-      outer_loss=lambda theta, images: losses(theta, images).mean(),
+      outer_loss=digits.mean_loss,
       probe=lambda eta, images: score(eta, images, jnp.zeros(images.label.shape)),
     ),
     inner_optimizer=meta_step.inner_adamw(3e-3),
@@ -82,7 +68,7 @@ def how(sees_loss: bool):
 
 KINDS = {"sees the loss": True, "does not": False}
 meta_steps = {
-  name: jax.jit(functools.partial(meta_step.meta_steps, **how(sees)))
+  name: jax.jit(lambda *args, how=how(sees): meta_step.meta_steps(*args, **how))
   for name, sees in KINDS.items()
 }
 
@@ -90,38 +76,30 @@ meta_steps = {
 def run(seed, config, name):
   """(scores of held-out examples beside the oldest inner model, which labels are flipped)."""
   rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
-  train, trusted, test = split(rng, 1000, 200)
-
-  (given, _), (held_out, flipped) = (flip(rng, x, config.flipped) for x in (train, test))
+  train, trusted, test = digits.split(rng, 1000, 200)
+  (given, _), (held_out, flipped) = (digits.flip(rng, x, config.flipped) for x in (train, test))
   eta = rater.init(eta_key, jnp.zeros(64 + 10 + 1))
   state = meta_step.init(key, eta, probe=held_out, **how(KINDS[name]))
-  for _ in range(config.meta_steps // CALL):
-    batches = draw(rng, given, CALL, N, T, B), draw(rng, trusted, CALL, N, B)
+  for _ in common.calls(config.meta_steps, CALL):
+    batches = digits.draw(rng, given, CALL, N, T, B), digits.draw(rng, trusted, CALL, N, B)
     state, _ = meta_steps[name](state, *batches, held_out)
   oldest = jax.tree.map(lambda x: x[state.age.argmax()], state.inner.params)
-  return score(state.eta, held_out, losses(oldest, held_out) * KINDS[name]), flipped
+  return score(state.eta, held_out, digits.losses(oldest, held_out) * KINDS[name]), flipped
 
 
 def main(config: Config) -> dict[str, np.ndarray]:
   """AUROC [seeds] of true against flipped labels of held-out examples, of either rater."""
-  seeds = range(config.seed, config.seed + config.seeds)
-  runs = {name: [run(seed, config, name) for seed in seeds] for name in KINDS}
-  auroc = {
-    name: np.array([sklearn.metrics.roc_auc_score(~flipped, scores) for scores, flipped in found])
-    for name, found in runs.items()
-  }
+  runs = {name: [run(seed, config, name) for seed in common.seeds(config)] for name in KINDS}
+  auroc = {name: np.array([digits.auroc(*x) for x in found]) for name, found in runs.items()}
   figure, axes = plt.subplots(1, 2, figsize=(9, 3))
   for axis, (name, found) in zip(axes, runs.items(), strict=True):
-    scores, flipped = (np.asarray(x) for x in found[0])
-    axis.hist([scores[~flipped], scores[flipped]], bins=40, stacked=True, label=["true", "flipped"])
-    axis.set(title=f"rater that {name}", xlabel="score of a held-out example")
+    digits.histogram(axis, *found[0])
+    axis.set_title(f"rater that {name}")
   axes[0].legend()
-  report.save_figure(config.figure, figure)
-  shown = ", ".join(f"{name} {x.mean():.3f} ± {x.std():.3f}" for name, x in auroc.items())
-  print(f"AUROC of true against flipped labels, rater that {shown} ({config.seeds} seeds)")
+  shown = ", ".join(f"{name} {common.spread(x)}" for name, x in auroc.items())
+  common.show(config, figure, f"AUROC of true against flipped labels, rater that {shown}")
   return auroc
 
 
 if __name__ == "__main__":
-  cli.define_flags(Config)
-  cli.run(lambda: main(cli.config_from_flags(Config)))
+  common.start(main, Config)

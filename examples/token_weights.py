@@ -14,150 +14,112 @@ Result, seeds 0 to 2: AUROC of true against random tokens of the same sequences 
 """
 
 import dataclasses
-import functools
-import sys
-from pathlib import Path
-from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import common
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+import texts
+from texts import SHAPE, S
 
-import cli
 import data
-import demo_corpus
 import meta_step
-import report
-from cli import check, option
 from kernels import score_weighted_loss
-from transformer import Batch, Transformer, next_token_targets, preset
+from transformer import Transformer, next_token_targets
 
-N, T, B, S = 4, 2, 16, 64  # inner models, inner steps, sequences of a batch, tokens
+N, T, B = 4, 2, 16  # inner models, inner steps, sequences of a batch
 CALL = 10  # meta-steps in one compiled call
-SHAPE = preset("nano", vocab_size=258)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  data: tuple[str, ...] = option((), "as of train.py; default the demo corpus, without its noise")
-  seed: int = option(0, "the first of the seeds")
-  seeds: int = option(3, "runs, for the spread")
-  meta_steps: int = option(100, f"updates of the rater, a multiple of {CALL}")
-  cache_dir: str = option(".cache", "folder of the tokenised corpus")
-  figure: str = option("runs/token_weights.png", "file of the figure")
+class Config(texts.Config):
+  meta_steps: int = common.option(100, f"updates of the rater, a multiple of {CALL}")
 
 
-class Sequences(NamedTuple):
-  text: Batch  # [..., S]
-  random: Any  # bool [..., S]: which tokens are
+model = texts.network(lambda *text: Transformer(SHAPE, causal=True)(*text))
 
 
-model = hk.without_apply_rng(hk.transform(lambda *text: Transformer(SHAPE, causal=True)(*text)))
-
-
-@hk.without_apply_rng
-@hk.transform
+@texts.network
 def rater(*text):
   hidden_BSD, _ = Transformer(SHAPE, causal=False)(*text)
   return hidden_BSD @ hk.get_parameter("score_head", [SHAPE.d_model], init=jnp.zeros)
 
 
-def loss(theta, weights_BS, sequences):
+def token_weights(eta, batches):
+  """[T, B, S]: of a step's tokens together the softmax, 0 of padding."""
+  scores_TBS = jax.lax.map(lambda text: rater.apply(eta, text), batches)
+  scores_TBS = jnp.where(batches.segments > 0, scores_TBS, -jnp.inf)
+  return jax.nn.softmax(scores_TBS, axis=(-2, -1)), {}
+
+
+def loss(theta, weights_BS, text):
   """Of the targets, tokens 1 to S - 1, each with the weight of its own."""
-  hidden_BSD, unembedding_VD = model.apply(theta, *sequences.text)
-  targets_BS, counted_BS = next_token_targets(sequences.text)
+  hidden_BSD, unembedding_VD = model.apply(theta, text)
+  targets_BS, counted_BS = next_token_targets(text)
   weights_BS = jnp.roll(weights_BS, -1, axis=-1) * counted_BS
   flat = hidden_BSD.reshape(-1, SHAPE.d_model), unembedding_VD, targets_BS.ravel()
   total, nll = score_weighted_loss(*flat, weights_BS.ravel())
   return total, nll.mean()
 
 
-def token_weights(eta, batches):
-  """[T, B, S]: of a step's tokens together the softmax, 0 of padding."""
-  scores_TBS = jax.lax.map(lambda text: rater.apply(eta, *text), batches.text)
-  scores_TBS = jnp.where(batches.text.segments > 0, scores_TBS, -jnp.inf)
-  return jax.nn.softmax(scores_TBS, axis=(-2, -1)), {}
-
-
-def outer_loss(theta, sequences):
-  counted = jnp.sum(sequences.text.segments > 0)
-  return loss(theta, (sequences.text.segments > 0) / counted, sequences)[0]
+def outer_loss(theta, text):
+  counted_BS = text.segments > 0
+  return loss(theta, counted_BS / jnp.sum(counted_BS), text)[0]
 
 
 HOW = dict(
-  problem=meta_step.Problem(
-    init_inner=lambda key: model.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2),
-    metas=token_weights,
-    inner_loss=loss,
-    outer_loss=outer_loss,
-    probe=lambda eta, sequences: rater.apply(eta, *sequences.text),
-  ),
+  problem=meta_step.Problem(model.init, token_weights, loss, outer_loss, probe=rater.apply),
   inner_optimizer=meta_step.inner_adamw(3e-3),
   meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=10),
   config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
 )
-meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
+meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
 
 
 def corrupt(text, rng):
-  """Sequences of which half have a span of S / 4 to S / 2 random printable characters."""
-  lead = text.tokens.shape[:-1]
+  """Half of the sequences get S / 4 to S / 2 random printable characters; and which they are."""
+  lead, at = text.tokens.shape[:-1], np.arange(S)
   length = rng.integers(S // 4, S // 2, lead) * rng.integers(2, size=lead)
   first = rng.integers(1, S // 2, lead)
-  at = np.arange(S)
   random = (at >= first[..., None]) & (at < (first + length)[..., None]) & (text.segments > 0)
   noise = rng.integers(33, 127, text.tokens.shape, dtype=np.int32)
-  return Sequences(text._replace(tokens=np.where(random, noise, text.tokens)), random)
+  return text._replace(tokens=np.where(random, noise, text.tokens)), random
 
 
 def run(seed, config, corpus):
-  """(held-out sequences, their scores [P, S], AUROC within the corrupted of them)."""
+  """(which held-out tokens are random [P, S], scores of all, AUROC within corrupted sequences)."""
   rng, key = np.random.default_rng(seed), jax.random.key(seed)
   draw = lambda split, *shape: data.batch_iterator(corpus.splits[split], seed, shape)
-  held_out = corrupt(next(draw("validation", 256)), rng)
-  eta = rater.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2)
-  state = meta_step.init(key, eta, probe=held_out, **HOW)
+  held_out, random = corrupt(next(draw("validation", 256)), rng)
+  state = meta_step.init(key, rater.init(key), probe=held_out, **HOW)
   inner, outer = draw("train", CALL, N, T, B), draw("outer", CALL, N, B)
-  for _ in range(config.meta_steps // CALL):
-    clean = next(outer)
-    batches = corrupt(next(inner), rng), Sequences(clean, np.zeros(clean.tokens.shape, bool))
-    state, _ = meta_steps(state, *batches, held_out)
-  scores = np.asarray(state.probe_scores)
-  within = held_out.random.any(-1)[:, None] & (held_out.text.segments > 0)
-  good, bad = scores[within & ~held_out.random], scores[within & held_out.random]
-  auroc = scipy.stats.mannwhitneyu(good, bad).statistic / (len(good) * len(bad))
-  return held_out, scores, auroc
+  for _ in common.calls(config.meta_steps, CALL):
+    state, _ = meta_steps(state, corrupt(next(inner), rng)[0], next(outer), held_out)
+  scores = np.where(held_out.segments > 0, state.probe_scores, np.nan)
+  within = random.any(-1)[:, None] & ~np.isnan(scores)
+  good, bad = scores[within & ~random], scores[within & random]
+  return random, scores, scipy.stats.mannwhitneyu(good, bad).statistic / (len(good) * len(bad))
 
 
 def main(config: Config) -> np.ndarray:
   """AUROC of true against random tokens of the same sequences [seeds]; 0.5 is chance."""
-  check(config.meta_steps % CALL == 0, f"--meta_steps is not a multiple of {CALL}")
-  names = config.data or (str(demo_corpus.build()),)
-  options = data.DataConfig(names, sequence_length=S, packing="document", outer_fraction=0.2)
-  corpus = data.load_corpus(options, config.cache_dir)
-  runs = [run(s, config, corpus) for s in range(config.seed, config.seed + config.seeds)]
-  auroc = np.array([x[-1] for x in runs])
-
-  held_out, scores, _ = runs[0]
-  shown = np.flatnonzero(held_out.random.any(-1))[:12]
+  corpus = texts.load(config)
+  runs = [run(seed, config, corpus) for seed in common.seeds(config)]
+  auroc = np.array([x for *_, x in runs])
+  random, scores, _ = runs[0]
+  shown = np.flatnonzero(random.any(-1))[:12]
   figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
-  axes[0].imshow(held_out.random[shown], aspect="auto", cmap="Greys")
+  axes[0].imshow(random[shown], aspect="auto", cmap="Greys")
   axes[1].imshow(scores[shown], aspect="auto", cmap="RdBu")
   axes[0].set(title="random tokens", xlabel="token", ylabel="sequence")
-  axes[1].set(title="score of the rater (blue: high)", xlabel="token")
-  report.save_figure(config.figure, figure)
-  print(
-    f"AUROC of true against random tokens of the same sequences {auroc.mean():.3f} ± "
-    f"{auroc.std():.3f} ({config.seeds} seeds)"
-  )
+  axes[1].set(title="score (blue: high, grey: padding)", xlabel="token", facecolor="grey")
+  line = "AUROC of true against random tokens of the same sequences"
+  common.show(config, figure, f"{line} {common.spread(auroc)}")
   return auroc
 
 
 if __name__ == "__main__":
-  cli.define_flags(Config)
-  cli.run(lambda: main(cli.config_from_flags(Config)))
+  common.start(main, Config)

@@ -15,37 +15,22 @@ Result, seeds 0 to 4, held-out images, R^2 of the fit of weight on noise at meta
 scores' spread small, and so the weights near linear in them.
 """
 
-import dataclasses
-import functools
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import common
+import digits
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-from digits import draw, split, weighted_images
+from common import Config
 
-import cli
 import meta_step
-import report
-from cli import option
 from datarater import batch_weights
 
 N, T, B, OUTER = 4, 4, 128, 512  # inner models, inner steps, images of an inner, an outer batch
 SNAPSHOTS = (0, 10, 30, 70)  # meta-steps, as in the paper's figure
 CALL = 10  # meta-steps in one compiled call
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  seed: int = option(0, "the first of the seeds")
-  seeds: int = option(5, "runs, for the spread")
-  figure: str = option("runs/toy_corruption.png", "file of the figure")
 
 
 def mlp_of_steps(pixels):
@@ -66,12 +51,12 @@ def score(eta, images):
 
 
 HOW = dict(
-  problem=weighted_images(score),
+  problem=digits.weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(1e-2),
   meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=5, weight_decay=40.0),
   config=meta_step.MetaConfig(n_models=N, lifetime=100, mode="mixed_save"),
 )
-meta_steps = jax.jit(functools.partial(meta_step.meta_steps, **HOW))
+meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
 
 
 def corrupt(pixels, rng):
@@ -88,40 +73,36 @@ def corrupt(pixels, rng):
 def run(seed):
   """Noise of held-out images [P], and their weights in a batch of B at each snapshot [.., P]."""
   rng = np.random.default_rng(seed)
-  noisy, clean, held_out = split(rng, 900, 400)
+  noisy, clean, held_out = digits.split(rng, 900, 400)
   pixels, noise = corrupt(held_out.pixels, rng)
   held_out = held_out._replace(pixels=pixels)
   eta_key, key = jax.random.split(jax.random.key(seed))
   state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
   weights = {0: batch_weights(state.probe_scores)}
   for k in range(CALL, SNAPSHOTS[-1] + 1, CALL):
-    inner = draw(rng, noisy, CALL, N, T, B)
+    inner = digits.draw(rng, noisy, CALL, N, T, B)
     inner = inner._replace(pixels=corrupt(inner.pixels, rng)[0])
-    state, _ = meta_steps(state, inner, draw(rng, clean, CALL, N, OUTER), held_out)
+    state, _ = meta_steps(state, inner, digits.draw(rng, clean, CALL, N, OUTER), held_out)
     weights[k] = batch_weights(state.probe_scores)
   return noise, np.array([weights[k] for k in SNAPSHOTS]) * len(noise) / B
 
 
 def main(config: Config) -> np.ndarray:
-  """R^2 of the linear fit of weight on noise, [seeds, snapshots]."""
-  runs = [run(seed) for seed in range(config.seed, config.seed + config.seeds)]
+  """Pearson's r of weight and noise [seeds, snapshots]: negative where weights fall."""
+  runs = [run(seed) for seed in common.seeds(config)]
   fits = [[scipy.stats.linregress(noise, w) for w in weights] for noise, weights in runs]
-  r2 = np.array([[fit.rvalue**2 for fit in row] for row in fits])
+  r = np.array([[fit.rvalue for fit in row] for row in fits])
   figure, axes = plt.subplots(1, len(SNAPSHOTS), figsize=(13, 3), sharey=True)
-  (noise, weights), row = runs[0], fits[0]
-  for axis, k, w, fit in zip(axes, SNAPSHOTS, weights, row, strict=True):
+  noise, weights = runs[0]
+  for axis, k, w, fit in zip(axes, SNAPSHOTS, weights, fits[0], strict=True):
     axis.scatter(noise, w, s=6, alpha=0.5)
     axis.plot(noise, fit.intercept + fit.slope * noise, color="black", lw=1)
     axis.set(title=f"meta-step {k}, $R^2$ = {fit.rvalue**2:.3f}", xlabel="noise fraction")
   axes[0].set_ylabel(f"weight in a batch of {B}")
-  report.save_figure(config.figure, figure)
-  shown = ", ".join(
-    f"{k}: {x.mean():.3f} ± {x.std():.3f}" for k, x in zip(SNAPSHOTS, r2.T, strict=True)
-  )
-  print(f"R^2 of weight on noise at meta-step {shown} ({len(r2)} seeds)")
-  return r2
+  shown = ", ".join(f"{k}: {common.spread(r2)}" for k, r2 in zip(SNAPSHOTS, r.T**2, strict=True))
+  common.show(config, figure, f"R^2 of weight on noise at meta-step {shown}")
+  return r
 
 
 if __name__ == "__main__":
-  cli.define_flags(Config)
-  cli.run(lambda: main(cli.config_from_flags(Config)))
+  common.start(main, Config)
