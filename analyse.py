@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-from absl import flags, logging
+from absl import flags
 from sklearn.linear_model import Lasso, LinearRegression
 from sklearn.model_selection import RepeatedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -80,7 +80,6 @@ def main():
   config = cli.config_from_flags(Config)
   output = Path(FLAGS.output)
   check(not output.exists() or output.is_dir(), f"--output={output} is a file: name a folder")
-  logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   rater = train.open_rater(FLAGS.rater)
   units = read_units(config, rater, Path(FLAGS.cache_dir))
   results = analyse(units, config.seed)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import app, flags, logging
 
 Config = TypeVar("Config")
 
@@ -73,6 +73,9 @@ def run(main: Callable[[], None]) -> None:
   """Runs a job under absl: a mistake of the user's ends it with one line and status 2."""
 
   def guarded(argv):
+    logging.set_verbosity(
+      logging.WARNING
+    )  # Orbax tells each of its steps otherwise, JAX its guesses
     try:
       check(len(argv) == 1, f"unexpected argument {argv[1:]}: flags look like --name=value")
       main()

@@ -38,7 +38,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import tqdm
-from absl import flags, logging
+from absl import flags
 
 import cli
 import cpu
@@ -105,7 +105,6 @@ class Config:
 def main():
   check(flags.FLAGS.output is not None, "name a folder for the result with --output")
   config, output = cli.config_from_flags(Config), Path(flags.FLAGS.output)
-  logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   cpu.keep_freed_memory()
   if config.runner is None:
     devices = mesh.make_data_mesh(flags.FLAGS.mesh)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import flags, logging
+from absl import flags
 
 import cli
 import compare
@@ -127,7 +127,6 @@ def main():
   config = cli.config_from_flags(Config)
   check(FLAGS.workdir is not None or FLAGS.dry_run, "name a folder for the run with --workdir")
   check(FLAGS.jobs >= 1, f"--jobs={FLAGS.jobs} must be at least 1")
-  logging.set_verbosity(logging.WARNING)
   if FLAGS.keep_freed_memory:
     cpu.keep_freed_memory()
   if FLAGS.dry_run:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
-from absl import flags, logging
+from absl import flags
 
 import cli
 import cpu
@@ -176,7 +176,6 @@ def main():
 
     return plan.plan(config, FLAGS.plan, FLAGS.mesh)
   check(FLAGS.workdir is not None, "name a folder for the run with --workdir")
-  logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
   if FLAGS.keep_freed_memory:
     cpu.keep_freed_memory()
   hosts.start_by_flags()
