@@ -133,8 +133,9 @@ def _unroll(loss_fn, optimizer, state, metas, batches, mode, window=False):
 
   def segment(state, x, first=False, window=False):
     if mode == "mixed_save":
-      gradient = _keeping_products(loss_fn, hessian=not window)
-      return jax.lax.scan(_step(gradient, optimizer), state, x)
+      step = _step(_keeping_products(loss_fn, hessian=not window), optimizer)
+      state, aux = step(state, jax.tree.map(lambda x: x[0], x))
+      return state, jax.tree.map(lambda a: a[None], aux)
     forward, backward = _segment(loss_fn, optimizer, mode, first, window)
     rule = jax.custom_vjp(lambda state, x: forward(state, x)[0])
 
