@@ -73,9 +73,8 @@ def run(main: Callable[[], None]) -> None:
   """Runs a job under absl: a mistake of the user's ends it with one line and status 2."""
 
   def guarded(argv):
-    logging.set_verbosity(
-      logging.WARNING
-    )  # Orbax tells each of its steps otherwise, JAX its guesses
+    # Orbax tells each of its steps otherwise, JAX which backends it looked for.
+    logging.set_verbosity(logging.WARNING)
     try:
       check(len(argv) == 1, f"unexpected argument {argv[1:]}: flags look like --name=value")
       main()

@@ -78,7 +78,7 @@ class Config:
   members_per_step: int | None = option(None, "inner models drawn for a meta-step; default all")
   mode: str = option(
     "mixed_save",
-    "mixed (little memory), mixed_offload (less: saved states wait in the host's), mixed_save "
+    "mixed (little memory), mixed_offload (less: what is saved waits in the host's), mixed_save "
     "(fast on CPUs), reverse, first_order (ablation)",
   )
   remat: str | None = option(

@@ -183,7 +183,10 @@ def test_saved_states_wait_in_the_memory_of_the_host(target, T):
   here, size = _memory_of_a_layer(target, T, functools.partial(meta_gradient, "mixed"))
   away, _ = _memory_of_a_layer(target, T, functools.partial(meta_gradient, "mixed_offload"))
   assert here.host_temp_size_in_bytes == 0
-  assert T * size <= away.host_temp_size_in_bytes < 1.3 * T * size
+  # Every gradient, and of each segment but the first a theta and Adam's two moments; XLA takes some
+  # of these back where nothing but straight code lies between.
+  states = 3 * (T // inner_loop.SEGMENT - 1)
+  assert T * size <= away.host_temp_size_in_bytes <= (T + states) * size
   gone = here.temp_size_in_bytes - away.temp_size_in_bytes
   assert gone > 0.5 * T * size  # a v5e keeps some of them on chip
 
