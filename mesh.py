@@ -140,6 +140,17 @@ def loss_over_data(loss: Callable) -> Callable:
   return _by_data_shard(shard, (DATA, WHOLE, DATA, DATA), (WHOLE, DATA))
 
 
+def by_sequence(function: Callable) -> Callable:
+  """`function` of arrays [B, ...], run by each data shard on its own sequences: for kernels, which
+  XLA cannot partition."""
+
+  def spread(*arrays):
+    where = WHOLE if len(arrays[0]) % shards("data") else DATA
+    return _by_data_shard(function, (where,) * len(arrays), where)(*arrays)
+
+  return spread
+
+
 def _by_data_shard(function, in_specs, out_specs):
   def spread(*arguments):
     if shards("data") == 1:

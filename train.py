@@ -68,6 +68,7 @@ class Config:
   rater: str = option("tiny", "size of the rater eta")
   dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
   loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
+  attention_backend: str = option("xla", "xla, or a kernel: pallas_tpu, pallas_gpu")
   # Algorithm 1.
   meta_steps: int = option(80, "K, updates of the rater")
   n_models: int = option(4, "N_models, inner models")
@@ -129,6 +130,7 @@ class Config:
       ("remat", (None, *transformer.REMAT)),
       ("dtype", ("float32", "bfloat16")),
       ("loss_backend", kernels.BACKENDS),
+      ("attention_backend", transformer.ATTENTION),
     ):
       value = getattr(self, name)
       check(
@@ -307,7 +309,8 @@ def make_rater(config: Config, vocab_size: int) -> datarater.Rater:
 
 
 def shape(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
-  how = {"dtype": config.dtype} | ({"remat": config.remat} if config.remat else {})
+  how = {"dtype": config.dtype, "attention_backend": config.attention_backend}
+  how |= {"remat": config.remat} if config.remat else {}
   return transformer.preset(size, vocab_size, **how)
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mesh
+from kernels import attention as attention_kernels
 from kernels import score_weighted_loss
 
 
@@ -42,7 +43,8 @@ class TransformerConfig:
   dtype: str = "float32"  # of activations and matmul inputs; parameters and reductions are float32
   remat: str = "none"  # what a block forms again in the backward pass: a name in REMAT
   scan_layers: bool = False  # one compiled block for all layers; unrolled is faster if shallow
-  query_block: int = 256  # attention scores are formed for this many queries at a time
+  attention_backend: str = "xla"  # a name in ATTENTION
+  query_block: int = 256  # of "xla": scores are formed for this many queries at a time
 
 
 REMAT = {  # names -> a wrapper of a block
@@ -124,24 +126,38 @@ class Block(hk.Module):
     qkv = linear(rms_norm(x_BSD, "attention_norm"), 3 * c.n_heads * c.head_dim, "qkv")
     q, k, v = jnp.moveaxis(qkv.reshape(*x_BSD.shape[:2], 3, c.n_heads, c.head_dim), 2, 0)
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
-    mixed_BSHK = attention(q, k, v, segments_BS, causal=self.causal, query_block=c.query_block)
+    mixed_BSHK = attention(q, k, v, segments_BS, c, self.causal)
     mixed = mixed_BSHK.reshape(*x_BSD.shape[:2], c.n_heads * c.head_dim)
     x_BSD = x_BSD + linear(mixed, c.d_model, "attention_out", shrink)
     h = jax.nn.gelu(linear(rms_norm(x_BSD, "mlp_norm"), c.d_ff, "mlp_in"))
     return x_BSD + linear(h, c.d_model, "mlp_out", shrink)
 
 
-def attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, query_block: int):
-  """softmax(q k^T / sqrt(K)) v within each document: [B, S, H, K].
+ATTENTION = ("xla", *attention_kernels.BACKENDS)
+
+
+def attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, config: TransformerConfig, causal: bool):
+  """softmax(q k^T / sqrt(K)) v within each document: [B, S, H, K]."""
+  q_BSHK = q_BSHK * q_BSHK.shape[-1] ** -0.5
+  if config.attention_backend == "xla":
+    return blockwise_attention(
+      q_BSHK, k_BSHK, v_BSHK, segments_BS, causal=causal, query_block=config.query_block
+    )
+  kernel = partial(attention_kernels.attention, causal=causal, backend=config.attention_backend)
+  heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BSHK, v_BSHK)]
+  return jnp.swapaxes(mesh.by_sequence(kernel)(*heads_first, segments_BS), 1, 2)
+
+
+def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, query_block: int):
+  """softmax(q k^T) v within each document: [B, S, H, K], q scaled already.
 
   Queries are taken a block at a time, each rematerialised, so no [B, H, S, S] array exists at any
   order of differentiation; a causal block reads only the keys up to its last query.
   """
   S = q_BSHK.shape[1]
-  scale = q_BSHK.shape[-1] ** -0.5
 
   def attend(q, k, v, q_segments, k_segments, first_query):
-    scores_BHQS = jnp.einsum("bqhk,bshk->bhqs", q * scale, k, preferred_element_type=_wide(q))
+    scores_BHQS = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=_wide(q))
     visible_BQS = q_segments[:, :, None] == k_segments[:, None, :]
     if causal:
       query = first_query + jnp.arange(q.shape[1])

@@ -37,7 +37,8 @@ def setting(dtype, backend, smooth):
   Adam divides by the size of the gradient, however small: with the usual epsilons it makes of
   rounding in the 7th digit an error in the 3rd. smooth: with these it does not.
   """
-  config = transformer.TransformerConfig(V, D, 1, 2, 8, 24, dtype=dtype)
+  attention = dict(attention_backend=backend) if backend.startswith("pallas") else {}
+  config = transformer.TransformerConfig(V, D, 1, 2, 8, 24, dtype=dtype, **attention)
   rater, model = datarater.rater(config), transformer.language_model(config, backend)
   if dtype == "float64":  # Haiku draws in float32, where shards may round another way
     rater, model = (x._replace(init=functools.partial(uniform, x.init)) for x in (rater, model))

@@ -144,6 +144,7 @@ def final_state(workdir):
     (["--mode=sideways"], "choose one of mixed"),
     (["--model=huge"], "choose one of nano"),
     (["--loss_backend=cuda"], "choose one of reference"),
+    (["--attention_backend=cuda"], "choose one of xla, pallas_tpu, pallas_gpu"),
     (["--tokenizer=missing.json"], "missing.json"),
     (["--text_field=body"], "text"),
     (["--outer_batch=4000"], "sequences"),

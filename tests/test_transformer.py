@@ -305,7 +305,7 @@ def test_attention_in_blocks_saves_no_scores_for_the_backward_pass(causal):
     """Shapes [B, H, Q, keys] among the residuals."""
 
     def attention(*qkv):
-      return transformer.attention(*qkv, segments, causal=causal, query_block=query_block)
+      return transformer.blockwise_attention(*qkv, segments, causal=causal, query_block=query_block)
 
     residuals = jax.eval_shape(lambda *qkv: jax.vjp(attention, *qkv)[1], *[x_BSHK] * 3)
     return [r.shape for r in jax.tree.leaves(residuals) if r.ndim == 4 and r.shape[1] == heads]
