@@ -74,6 +74,7 @@ class Config:
   learning_rate: float | None = option(None, "peak of the cosine schedule")
   dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
   loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
+  attention_backend: str = option("xla", "a name in transformer.ATTENTION")
   # What they are measured on.
   evaluations: int = option(20, "points of a learning curve")
   eval_sequences: int = option(256, "sequences of each evaluation set, at most, evenly spaced")
@@ -104,6 +105,7 @@ class Config:
       ("scorer", (None, *transformer.PRESETS)),
       ("dtype", ("float32", "bfloat16")),
       ("loss_backend", kernels.BACKENDS),
+      ("attention_backend", transformer.ATTENTION),
     ):
       value = getattr(self, name)
       check(value in choices, f"--{name}={value} is unknown: choose one of {choices}")
@@ -401,7 +403,8 @@ def train_run(
 
 
 def model_config(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
-  return transformer.preset(size, vocab_size, dtype=config.dtype)
+  how = dict(dtype=config.dtype, attention_backend=config.attention_backend)
+  return transformer.preset(size, vocab_size, **how)
 
 
 @functools.cache  # equal models share their compiled programs

@@ -135,7 +135,8 @@ def _count_equation(equation, recomputing):
     return sum(inner, Flops()).times(math.prod(params["grid_mapping"].grid))
   if name == "operation":  # of kernels/operation.py
     apply = functools.partial(equation.primitive.impl, **params)
-    return _count(jax.make_jaxpr(apply)(*(v.aval for v in equation.invars)).jaxpr, recomputing)
+    shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
+    return _count(jax.make_jaxpr(apply)(*shapes).jaxpr, recomputing)
   if inner:  # a call: jit, remat, custom_jvp, custom_vjp, ...
     # A sort's, scatter's or reduction's body is for one pair of numbers: it falls below.
     if not name.startswith(("reduce", "scatter", "sort", "select_and", "argm")):

@@ -141,8 +141,8 @@ def loss_over_data(loss: Callable) -> Callable:
 
 
 def by_sequence(function: Callable) -> Callable:
-  """`function` of arrays [B, ...], run by each data shard on its own sequences: for kernels, which
-  XLA cannot partition."""
+  """`function` of arrays [B, ...], run by each data shard on its own sequences: for kernels that XLA
+  cannot partition."""
 
   def spread(*arrays):
     where = WHOLE if len(arrays[0]) % shards("data") else DATA
@@ -152,10 +152,14 @@ def by_sequence(function: Callable) -> Callable:
 
 
 def _by_data_shard(function, in_specs, out_specs):
+  """Outside of `over_population` all its shards do the same."""
+
   def spread(*arguments):
-    if shards("data") == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not axes:
       return function(*arguments)
-    how = dict(in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False)
+    how = dict(in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
     return jax.shard_map(function, **how)(*arguments)
 
   return spread

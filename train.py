@@ -39,6 +39,7 @@ import meta_step
 import report
 import transformer
 from cli import check, option
+from kernels import attention
 from workdir import Checkpoints, Metrics, StopSignal, open_workdir
 
 
@@ -68,7 +69,7 @@ class Config:
   rater: str = option("tiny", "size of the rater eta")
   dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
   loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
-  attention_backend: str = option("xla", "xla, or a kernel: pallas_tpu, pallas_gpu")
+  attention_backend: str = option("xla", "a name in transformer.ATTENTION")
   # Algorithm 1.
   meta_steps: int = option(80, "K, updates of the rater")
   n_models: int = option(4, "N_models, inner models")
@@ -136,6 +137,12 @@ class Config:
       check(
         value in choices,
         f"--{name}={value} is unknown: choose one of {', '.join(filter(None, choices))}",
+      )
+    for name in ("loss_backend", "attention_backend"):
+      value = getattr(self, name)
+      check(
+        self.mode != "reverse" or not value.startswith("pallas"),
+        f"--{name}={value} has no reverse mode twice, as --mode=reverse asks: use --{name}=xla",
       )
 
 
@@ -375,7 +382,7 @@ def describe(config: Config, state: meta_step.MetaState, devices: jax.sharding.M
   tokens = config.inner_steps * config.inner_batch * config.sequence_length
   return (
     f"device {device.platform} ({device.device_kind}) x {devices.size}{spread}, {config.dtype}, "
-    f"loss {config.loss_backend}, mode {config.mode}\n"
+    f"loss {config.loss_backend}, attention {config.attention_backend}, mode {config.mode}\n"
     f"rater {config.rater}: {transformer.parameter_count(state.eta):,} parameters; inner models "
     f"{config.n_models} x {config.model}: {inner:,} each; {tokens:,} inner tokens a member and "
     f"meta-step"
@@ -413,6 +420,8 @@ def open_rater(workdir: str | os.PathLike) -> TrainedRater:
   """
   workdir, config = Path(workdir), rater_config(workdir)
   tokenizer = data.load_tokenizer(config.tokenizer)
+  if not attention.runs_here(config.attention_backend):  # trained on another kind of device
+    config = dataclasses.replace(config, attention_backend="xla")
   rater = make_rater(config, tokenizer.vocab_size)
   eta = Checkpoints(workdir).restore_eta(jax.eval_shape(rater.init, jax.random.PRNGKey(0)))
   digest = hashlib.blake2b(f"{config.rater} {config.dtype} {tokenizer.fingerprint}".encode())

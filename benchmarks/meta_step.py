@@ -50,6 +50,7 @@ flags.DEFINE_integer("microbatches", 1, "parts that a batch is formed in")
 flags.DEFINE_integer("repeats", 7, "timed meta-steps")
 flags.DEFINE_string("dtype", "float32", "of activations and matmul inputs")
 flags.DEFINE_enum("loss_backend", "xla", list(kernels.BACKENDS), "of the fused loss")
+flags.DEFINE_list("attention_backend", ["xla"], "names in transformer.ATTENTION")
 
 # Of jax.Device.device_kind, a part -> the name in targets.CHIPS.
 KINDS = {"v5 lite": "v5e", "v5p": "v5p", "v6 lite": "v6e", "H100": "h100", "H200": "h100"}
@@ -65,18 +66,19 @@ def main(_):
     f"B {FLAGS.batch}, {FLAGS.dtype}"
   )
   unknown = set(FLAGS.mode) - set(inner_loop.MODES) | set(FLAGS.remat) - set(transformer.REMAT)
+  unknown |= set(FLAGS.attention_backend) - set(transformer.ATTENTION)
   if unknown:
-    raise app.UsageError(f"unknown mode or remat: {', '.join(sorted(unknown))}")
-  for T, members, remat, mode in itertools.product(
-    map(int, FLAGS.T), map(int, FLAGS.members), FLAGS.remat, FLAGS.mode
+    raise app.UsageError(f"unknown mode, remat or attention: {', '.join(sorted(unknown))}")
+  for T, members, remat, attention, mode in itertools.product(
+    map(int, FLAGS.T), map(int, FLAGS.members), FLAGS.remat, FLAGS.attention_backend, FLAGS.mode
   ):
-    seconds, temp, loss = measure(T, members, remat, mode)
-    least = flops.minimum(
-      shape(FLAGS.model, remat), shape(FLAGS.rater, remat), T, FLAGS.batch, FLAGS.batch, FLAGS.seq
-    )
+    how = dict(remat=remat, attention_backend=attention)
+    model, rater = shape(FLAGS.model, **how), shape(FLAGS.rater, **how)
+    seconds, temp, loss = measure(T, members, model, rater, mode)
+    least = flops.minimum(model, rater, T, FLAGS.batch, FLAGS.batch, FLAGS.seq)
     rate = members * (least.total - least.kept) / min(seconds)
     print(
-      f"T={T} N={members} {remat:8s} {mode:13s} min {min(seconds):.3f} s"
+      f"T={T} N={members} {remat:8s} {attention:10s} {mode:13s} min {min(seconds):.3f} s"
       f"  median {statistics.median(seconds):.3f} s  temp {temp / 2**20:,.0f} MiB"
       f"  {rate / 1e12:.3g} TFLOP/s"
       + (f" ({rate / chip.flops:.1%} of bfloat16 peak)" if chip else "")
@@ -85,8 +87,8 @@ def main(_):
     )
 
 
-def shape(size: str | None, remat: str) -> transformer.TransformerConfig:
-  how = dict(dtype=FLAGS.dtype, remat=remat)
+def shape(size: str | None, **how) -> transformer.TransformerConfig:
+  how |= dict(dtype=FLAGS.dtype)
   size = size or FLAGS.model
   if size is not None:
     return transformer.preset(size, FLAGS.vocab, **how)
@@ -94,14 +96,18 @@ def shape(size: str | None, remat: str) -> transformer.TransformerConfig:
   return transformer.TransformerConfig(FLAGS.vocab, n_layers=FLAGS.layers, **wide, **how)
 
 
-def measure(T: int, members: int, remat: str, mode: str) -> tuple[list[float], int, float]:
+def measure(
+  T: int,
+  members: int,
+  model: transformer.TransformerConfig,
+  rater: transformer.TransformerConfig,
+  mode: str,
+) -> tuple[list[float], int, float]:
   """(seconds of each repeat, bytes of temporary memory, the last outer loss)."""
-  rater = datarater.rater(shape(FLAGS.rater, remat))
-  model = transformer.language_model(
-    shape(FLAGS.model, remat), FLAGS.loss_backend, FLAGS.microbatches
-  )
+  remat, rater = model.remat != "none", datarater.rater(rater)
+  model = transformer.language_model(model, FLAGS.loss_backend, FLAGS.microbatches)
   how = dict(
-    problem=meta_step.datarater_problem(model, rater, remat != "none", FLAGS.microbatches),
+    problem=meta_step.datarater_problem(model, rater, remat, FLAGS.microbatches),
     inner_optimizer=meta_step.inner_adamw(),
     meta_optimizer=meta_step.paper_meta_optimizer(),
     config=meta_step.MetaConfig(n_models=members, lifetime=10**6, mode=mode),

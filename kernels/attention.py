@@ -124,10 +124,10 @@ def _gradients_jvp(how, arrays, results, tangents):
   return GRADIENT_TANGENTS(how, (*arrays, *tangents[1:]))
 
 
-VALUES = Operation(_values, _values_jvp)
-VALUE_TANGENTS = Operation(_value_tangents, transpose=_value_cotangents)
-GRADIENTS = Operation(_gradients, _gradients_jvp)
-GRADIENT_TANGENTS = Operation(_gradients)
+VALUES = Operation("attention", _values, _values_jvp)
+VALUE_TANGENTS = Operation("attention's tangent", _value_tangents, transpose=_value_cotangents)
+GRADIENTS = Operation("attention's gradient", _gradients, _gradients_jvp)
+GRADIENT_TANGENTS = Operation("attention's gradient", _gradients)
 
 
 # Their kernels. `x` has a reference for each array (tangents end in _t): of the program's own side
@@ -384,6 +384,11 @@ def _compiler_params(backend, device):
 
 def _tpu(device):
   return next(c for n, c in pallas_tpu.CHIPS.items() if (device or "TPU").startswith(n))
+
+
+def runs_here(backend: str) -> bool:
+  """Whether this machine runs it compiled; "xla" does anywhere."""
+  return backend == "xla" or _device(backend) is not None
 
 
 def _device(backend):

@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 class Operation(NamedTuple):
   """All take `static`, a hashable that says how, first; arrays and results come in tuples."""
 
+  name: str
   apply: Callable  # (static, arrays) -> results
   # (static, arrays, results, tangents) -> tangents of the results; a tangent of integers is None
   jvp: Callable | None = None
@@ -33,7 +34,7 @@ def _apply(*arrays, operation, static, n):
 
 def _jvp(arrays, tangents, *, operation, static, n):
   if operation.jvp is None:
-    raise NotImplementedError(f"{operation.apply.__name__} has no derivative of this order")
+    raise NotImplementedError(f"{operation.name} has no forward derivative")
   results = operation(static, arrays, n)
   floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in arrays]
   tangents = tuple(
@@ -46,8 +47,8 @@ def _jvp(arrays, tangents, *, operation, static, n):
 def _transpose(cotangents, *arrays, operation, static, n):
   if operation.transpose is None or any(map(ad.is_undefined_primal, arrays[:n])):
     raise NotImplementedError(
-      f"{operation.apply.__name__} is not for reverse mode twice (jax.grad of jax.grad), but for "
-      "forward over reverse (jax.jvp of jax.grad): use the XLA backend"
+      f"{operation.name} is for forward over reverse (jax.jvp of jax.grad), not for reverse mode "
+      "twice (jax.grad of jax.grad): use the XLA backend"
     )
   cotangents = tuple(map(ad.instantiate_zeros, cotangents))
   return [None] * n + list(operation.transpose(static, arrays[:n], cotangents))
@@ -67,12 +68,17 @@ def _over_batch(operation):
   over = lambda f: (
     f and functools.wraps(f)(lambda static, *trees: jax.vmap(functools.partial(f, static))(*trees))
   )
-  return Operation(*map(over, operation))
+  return Operation(operation.name, *map(over, operation[1:]))
 
 
 def _abstract(*arrays, **how):
   results = jax.eval_shape(functools.partial(_apply, **how), *arrays)
   return [jax.core.ShapedArray(x.shape, x.dtype) for x in results]
+
+
+def _lower(context, *arrays, **how):
+  with jax.sharding.use_abstract_mesh(context.avals_in[0].sharding.mesh):  # where it was bound
+    return mlir.lower_fun(_apply, multiple_results=True)(context, *arrays, **how)
 
 
 _operation_p = jax.extend.core.Primitive("operation")

@@ -144,6 +144,7 @@ def final_state(workdir):
     (["--mode=sideways"], "choose one of mixed"),
     (["--model=huge"], "choose one of nano"),
     (["--loss_backend=cuda"], "choose one of reference"),
+    (["--mode=reverse", "--attention_backend=pallas_gpu"], "use --attention_backend=xla"),
     (["--attention_backend=cuda"], "choose one of xla, pallas_tpu, pallas_gpu"),
     (["--tokenizer=missing.json"], "missing.json"),
     (["--text_field=body"], "text"),
