@@ -141,8 +141,8 @@ def loss_over_data(loss: Callable) -> Callable:
 
 
 def by_sequence(function: Callable) -> Callable:
-  """`function` of arrays [B, ...], run by each data shard on its own sequences: for kernels that XLA
-  cannot partition."""
+  """`function` of arrays [B, ...], run by each data shard on its own sequences: for kernels, which
+  XLA cannot partition."""
 
   def spread(*arrays):
     where = WHOLE if len(arrays[0]) % shards("data") else DATA

@@ -24,7 +24,7 @@ import inner_loop
 import plan
 import targets
 import train
-from benchmarks import loss
+from benchmarks import attention, loss
 from kernels import pallas_gpu
 
 N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
@@ -113,6 +113,44 @@ def test_odd_sizes_compile(target, dtype):
 def test_float32_compiles_at_full_size(target):
   """Twice the bytes in every block, and matmuls of several passes."""
   _compile(target, _backend(target), "product", 32_000, "float32")
+
+
+@pytest.mark.parametrize("order", ["value", "gradient", "product"])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_compiles_and_holds_no_scores(target, K, order):
+  B, S, H = 1, 4096, 2
+  shapes = attention.inputs(B, S, H, K, "bfloat16", order)
+  compiled = targets.compile_for(target, attention.orders(_backend(target))[order], *shapes)
+  assert ("xla.gpu.triton" if target == "h100" else "tpu_custom_call") in compiled[1]
+  assert _largest_temporary(compiled[1], 0) == B * S * H * K  # S S would be 16 times as much
+  # Inputs and results are 3 arrays and 3, or with tangents 6 and 3; what a TPU pads counts double.
+  assert _temp(compiled) < 20 * (128 // K) * 4 * B * S * H * K
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_in_float32_and_at_odd_sizes_compiles(target):
+  for S, K, dtype in ((300, 32, "float32"), (77, 40, "bfloat16")):
+    shapes = attention.inputs(2, S, 2, K, dtype, "product")
+    targets.compile_for(target, attention.orders(_backend(target))["product"], *shapes)
+
+
+@pytest.mark.skipif(missing["v5e"], reason=reason)
+def test_a_sequence_too_long_for_vmem_is_told():
+  shapes = attention.inputs(1, 2**17, 1, 128, "bfloat16", "value")
+  with pytest.raises(ValueError, match="needs .* bytes of VMEM.*use the XLA backend"):
+    targets.compile_for("v5e", attention.orders("pallas_tpu")["value"], *shapes)
+
+
+@pytest.mark.parametrize("spread", ["population=2,data=2", "population=4,data=1"])
+def test_kernels_compile_under_a_mesh(spread):
+  if missing["v5e"]:
+    pytest.skip(reason)
+  small = dict(model="nano", rater="nano", n_models=4, inner_batch=8, outer_batch=8)
+  small |= dict(mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
+  backends = dict(loss_backend="pallas_tpu", attention_backend="pallas_tpu")
+  compiled = plan.compile_run(train.Config(**small, **backends), "v5e:2x2", spread, 259)
+  assert compiled.fits and compiled.work.unknown_loops == 0
 
 
 @pytest.mark.parametrize(
