@@ -16,21 +16,25 @@ Selection, with B = --batch_size, the oversampled batch, and K = round((1 - disc
   top_k      all documents are permuted and cut into batches of B; each keeps its best K.
 
 Started again with the same command it goes on where it stopped, and the output is the same bytes.
-All devices of the machine share the work; of another number of devices, scores may round otherwise.
---data=demo is the demo corpus as it is, without the corruption that train.py adds. With --runner it
-is an Apache Beam pipeline: curate_beam.py.
+--data=demo is the demo corpus as it is, without the corruption that train.py adds.
+
+All devices of a host share each batch; of another number of devices, scores may round otherwise.
+Several hosts run the same command with --coordinator (hosts.py) on one output folder, and end in
+the bytes of one. Shards of --shard_records are scored in rounds, one by each host, which reads
+through all records and tokenises and scores its own; then each writes a run of the parts. Another
+number of hosts may go on. With --runner it is an Apache Beam pipeline: curate_beam.py.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,14 +47,14 @@ from absl import flags
 import cli
 import cpu
 import data
-import documents
+import hosts
 import mesh
 import report
 import scoring
 import shards
 import train
 from cli import check, option
-from documents import Record, corpus_records, find_inputs
+from documents import Record, find_inputs
 from workdir import StopSignal, open_workdir
 
 FORMAT = 1  # of the output; raise it when what is written changes
@@ -103,17 +107,23 @@ class Config:
 
 
 def main():
-  check(flags.FLAGS.output is not None, "name a folder for the result with --output")
-  config, output = cli.config_from_flags(Config), Path(flags.FLAGS.output)
+  FLAGS = flags.FLAGS
+  check(FLAGS.output is not None, "name a folder for the result with --output")
+  config, output = cli.config_from_flags(Config), Path(FLAGS.output)
+  check(
+    config.runner is None or FLAGS.coordinator is None,
+    f"--runner={config.runner} and --coordinator are two ways to many machines: leave one out",
+  )
   cpu.keep_freed_memory()
+  hosts.start_by_flags()
   if config.runner is None:
-    devices = mesh.make_data_mesh(flags.FLAGS.mesh)
+    devices = mesh.of_this_host(mesh.make_data_mesh(FLAGS.mesh))
     check(
       config.score_batch % devices.shape["data"] == 0,
       f"--score_batch={config.score_batch} is not a multiple of the {devices.shape['data']} "
-      "devices: change it, or give another --mesh=data=...",
+      "devices of a host: change it, or give another --mesh=data=...",
     )
-    with mesh.use(devices):
+    with hosts.stop_together(), mesh.use(devices):
       return curate(config, output)
   try:
     import curate_beam
@@ -158,33 +168,37 @@ def open_job(config: Config, output: Path) -> Job:
   job = Job(config, rater, inputs, reading, format)
   if not (output / "config.json").exists():  # mistakes that show at once leave no folder behind
     output_schema(job, [])
-    collections.deque(itertools.islice(checked(job, documents.Report()), 1001), maxlen=0)
-  open_workdir(output, config, fingerprint, flag="output")
+    collections.deque(itertools.islice(shards.checked(reading, format), 1001), maxlen=0)
+  hosts.leader_first(lambda: open_workdir(output, config, fingerprint, flag="output"))
   return job
 
 
 def curate(config: Config, output: Path) -> None:
   """Scores, selects and writes, from where an earlier call was interrupted."""
   job = open_job(config, output)
-  for unfinished in output.rglob(".writing-*"):
-    unfinished.unlink()
-  if not (output / "manifest.json").exists():
+  if hosts.leader():
+    for unfinished in output.rglob(".writing-*"):
+      unfinished.unlink()
+  if not hosts.as_leader((output / "manifest.json").exists()):
     stop = StopSignal()
     try:
       score(job, output, stop)
       write(job, output, stop)
     except Stopped:
-      print("stopped: start again to go on", flush=True)
+      hosts.say("stopped: start again to go on")
       return
-  shutil.rmtree(output / "scores", ignore_errors=True)
-  print(shards.summary(json.loads((output / "manifest.json").read_text())), flush=True)
+  if hosts.leader():
+    shutil.rmtree(output / "scores", ignore_errors=True)
+    print(shards.summary(json.loads((output / "manifest.json").read_text())), flush=True)
+  hosts.wait_for_all("curated")
 
 
 class Stopped(Exception):
-  """SIGTERM or Ctrl-C came; what is written so far is of use to the next call."""
+  """SIGTERM or Ctrl-C came, to any host; what is written so far is of use to the next call."""
 
 
-# First pass: the scores of every `shard_records` records, in scores/00000.npz, ...
+# First pass: the scores of every `shard_records` records, in scores/00000.npz, ...; in rounds, of
+# which each host scores one shard.
 
 
 class Scored(NamedTuple):
@@ -192,114 +206,101 @@ class Scored(NamedTuple):
 
   scores: np.ndarray  # [documents] float32
   coins: np.ndarray  # [documents] float64
-  about: dict[str, Any]  # see `prepared`
+  about: dict[str, Any]  # see shards.facts; and the number of tokens
 
 
 def score(job: Job, output: Path, stop: StopSignal) -> None:
   """Scores what is not scored yet. The documents of a batch are all of one shard, so that scores
-  don't depend on where a run was interrupted."""
+  don't depend on where a run was interrupted, nor on the hosts."""
   folder = output / "scores"
   folder.mkdir(exist_ok=True)
   done = scored(output)
-  if done and done[-1].about["next"] is None:
+  hosts.agree_on(output, list(done))
+  start = unbroken(done)
+  if start and start[-1].about["next"] is None:
     return
-  count = sum(len(shard.scores) for shard in done)
+  before = sum(len(shard.scores) for shard in start)
+  count = sum(len(shard.scores) for shard in done.values())
   devices = sorted(jax.tree.leaves(job.rater.eta)[0].devices(), key=lambda device: device.id)
-  print(f"device {devices[0].device_kind} x {len(devices)}, {count} documents scored before")
-  bar = tqdm.tqdm(desc="scoring", initial=count, unit=" documents", smoothing=0.1)
+  where = f"{devices[0].device_kind} x {len(devices)}"
+  where += f" on each of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+  hosts.say(f"device {where}, {count} documents scored before")
   began, tokens_here = time.monotonic(), 0
-  for number, (rows, coins, about) in enumerate(ahead(prepared(job, done)), len(done)):
-    tokens = 0
+  with progress_bar("scoring", before, unit=" documents", smoothing=0.1) as bar:
+    for mine, after in ahead(prepared(job, done, start)):
+      for number, rows, coins, about in mine:
+        tokens = 0
 
-    def progress(batch, total=about["tokens"], count=count, documents=len(coins)):
-      nonlocal tokens, tokens_here
-      tokens, tokens_here = (x + int(batch.tokens.sum()) for x in (tokens, tokens_here))
-      rate = tokens_here / (time.monotonic() - began)
-      bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-      bar.update(count + documents * tokens // total - bar.n)
-      if stop.requested:
+        def progress(batch, total=about["tokens"], before=before, documents=after - before):
+          nonlocal tokens, tokens_here
+          tokens, tokens_here = (x + int(batch.tokens.sum()) for x in (tokens, tokens_here))
+          rate = tokens_here / (time.monotonic() - began)
+          bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+          bar.update(before + documents * tokens // total - bar.n)
+          if stop.requested:
+            raise Stopped
+
+        if about["read"]:  # an estimate; of the hub, not even that
+          total = round(about["documents"] / about["read"])
+          bar.total = min(total, job.config.max_documents or total)
+        with contextlib.suppress(Stopped):  # all hosts hear of it at the end of the round
+          scores = scoring.score(job.rater, rows, len(coins), progress)
+          check(
+            bool(np.isfinite(scores).all()),
+            f"the rater of {job.config.rater} gives scores that are not finite: its training "
+            "diverged",
+          )
+          contents = {"scores": scores, "coins": coins, "about": np.array(json.dumps(about))}
+          path = folder / f"{number:05d}.npz"
+          report.write_atomically(path, lambda f, c=contents: np.savez(f, **c))
+      if hosts.any_host(stop.requested):
         raise Stopped
-
-    if about["read"]:  # an estimate; of the hub, not even that
-      total = round((count + len(coins)) / about["read"])
-      bar.total = min(total, job.config.max_documents or total)
-    scores = scoring.score(job.rater, rows, len(coins), progress)
-    check(
-      bool(np.isfinite(scores).all()),
-      f"the rater of {job.config.rater} gives scores that are not finite: its training diverged",
-    )
-    contents = {"scores": scores, "coins": coins, "about": np.array(json.dumps(about))}
-    report.write_atomically(folder / f"{number:05d}.npz", lambda f, c=contents: np.savez(f, **c))
-    count += len(coins)
-  bar.close()
+      bar.update(after - bar.n)
+      before = after
 
 
-def scored(output: Path) -> list[Scored]:
-  shards = []
+def scored(output: Path) -> dict[int, Scored]:
+  """The shards that are scored, by their numbers: not all before the last need be."""
+  shards = {}
   for path in sorted((output / "scores").glob("*.npz"), key=lambda path: int(path.stem)):
     with np.load(path) as file:
-      shards.append(Scored(file["scores"], file["coins"], json.loads(str(file["about"]))))
+      about = json.loads(str(file["about"]))
+      shards[int(path.stem)] = Scored(file["scores"], file["coins"], about)
   return shards
 
 
-def prepared(job: Job, done: list[Scored]) -> Iterator[tuple[list[scoring.Rows], np.ndarray, dict]]:
-  """The batches, coins and facts of the shards after those that are done."""
+def unbroken(done: dict[int, Scored]) -> list[Scored]:
+  """The scored shards before the first that is not."""
+  return [done[i] for i in itertools.takewhile(done.__contains__, itertools.count())]
+
+
+def prepared(
+  job: Job, done: dict[int, Scored], start: list[Scored]
+) -> Iterator[tuple[list[tuple], int]]:
+  """Of each round, what this host is to score: [(number, batches, coins, facts)], or [] if that is
+  done or past the end; and how many documents the input has up to the end of the round."""
+  n, own = jax.process_count(), jax.process_index()
+  kept = lambda number: number not in done and (number - len(start)) % n == own
+  following = read(job, start, kept)
+  while of_round := list(itertools.islice(following, n)):
+    mine = [(shard.number, *prepare(job, shard)) for shard in of_round if shard.records]
+    yield mine, of_round[-1].documents
+
+
+def read(job: Job, done: list[Scored], kept: Callable[[int], bool]) -> Iterator[shards.Shard]:
+  """The shards of the input after those `done`."""
+  abouts = [shard.about for shard in done]
+  return shards.read(job.reading, job.format, job.config.shard_records, abouts, kept)
+
+
+def prepare(job: Job, shard: shards.Shard) -> tuple[list[scoring.Rows], np.ndarray, dict[str, Any]]:
+  """The batches, coins and facts of a shard."""
   rater, config = job.rater, job.config
-  sizes = [item.stamp[0] for item in job.inputs]
-  for records, following in chunks(job, [shard.about for shard in done]):
-    usable = [record for record in records if not isinstance(record.document, str)]
-    texts = [record.document.text for record in usable]
-    rows = scoring.batches(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
-    coins = np.array([scoring.coin(config.seed, text) for text in texts])
-    end = records[-1]
-    read = (sum(sizes[: end.input]) + sizes[end.input] * end.read) / max(sum(sizes), 1)
-    inferred = [record for record in usable if not isinstance(record.original, tuple)]
-    schema = None
-    if job.format == "parquet" and inferred:
-      schema = shards.inferred_schema(inferred).serialize().to_pybytes().hex()
-    rejects = [
-      {"file": job.inputs[x.input].path, "record": x.number, "reason": x.document}
-      for x in records
-      if isinstance(x.document, str)
-    ]
-    about = {
-      "next": following,  # (input, index) of the record after it; None: there is none
-      "records": len(records),
-      "rejects": rejects,
-      "tokens": sum(int(batch.tokens.sum()) for batch in rows),
-      "read": 0 if math.isnan(read) else read,  # share of all input files up to the shard's end
-      "schema": schema,
-    }
-    yield rows, coins, about
-
-
-def chunks(job: Job, done: list[dict]) -> Iterator[tuple[list[Record], tuple[int, int] | None]]:
-  """The shards of the input after those `done`: (records, place of the record that follows)."""
-  counts, place = documents.Report(), (0, 0)
-  if done:
-    counts.records, place = sum(about["records"] for about in done), done[-1]["next"]
-    for reject in itertools.chain.from_iterable(about["rejects"] for about in done):
-      counts.skipped[reject["reason"]] += 1
-
-  records = checked(job, counts, tuple(place))
-  first = next(records, None)
-  while first is not None:
-    chunk = [first, *itertools.islice(records, job.config.shard_records - 1)]
-    following = next(records, None)  # at the end the share of unusable records is judged
-    yield chunk, following and following[:2]
-    first = following
-
-
-def checked(
-  job: Job, counts: documents.Report, start: tuple[int, int] = (0, 0)
-) -> Iterator[Record]:
-  """The records from `start` on; those that cannot be written in the job's format are unusable."""
-  for record in corpus_records(job.reading, counts, start):
-    if not isinstance(record.document, str):
-      if reason := shards.unwritable(record, job.format):
-        counts.skipped[reason] += 1
-        record = record._replace(document=reason)
-    yield record
+  texts = [record.document.text for record in shard.usable]
+  rows = scoring.batches(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
+  coins = np.array([scoring.coin(config.seed, text) for text in texts])
+  about = shards.facts(shard, job.inputs, job.format)
+  return rows, coins, about | {"tokens": sum(int(batch.tokens.sum()) for batch in rows)}
 
 
 def ahead(iterator: Iterator) -> Iterator:
@@ -311,38 +312,47 @@ def ahead(iterator: Iterator) -> Iterator:
       yield item
 
 
+def progress_bar(name: str, before: int, **options) -> tqdm.tqdm:
+  return tqdm.tqdm(desc=name, initial=before, disable=not hosts.leader(), **options)
+
+
 # Second pass: selection, then the records with their fields.
 
 
 def write(job: Job, output: Path, stop: StopSignal) -> None:
-  """Writes the parts that are not there yet, the rejects, then the manifest."""
-  done = scored(output)
+  """Writes the parts that are not there yet, each host a run of them; the leader then the rejects
+  and the manifest."""
+  found = scored(output)
+  done = list(found.values())
+  paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]
+  missing = [i for i, path in enumerate(paths) if not path.exists()]
+  hosts.agree_on(output, [list(found), missing])
   scores, coins = (np.concatenate([shard[i] for shard in done]) for i in (0, 1))
   ends = np.cumsum([len(shard.scores) for shard in done])
   ordered = np.sort(scores)
   columns = dict(zip(shards.FIELDS, select(job.config, scores, coins, ordered), strict=False))
   if (tied := np.unique(ordered, return_counts=True)[1].max()) > max(1, len(ordered) / 100):
-    print(f"note: {tied} of {len(ordered)} documents have one score: selected by it, all are alike")
+    hosts.say(
+      f"note: {tied} of {len(ordered)} documents have one score: selected by it, all are alike"
+    )
   schema = output_schema(job, done)
-  paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]
   parts = [
     {name: values[end - len(shard.scores) : end] for name, values in columns.items()}
     for shard, end in zip(done, ends, strict=True)
   ]
-  written = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
-  bar = tqdm.tqdm(desc="writing", total=len(scores), initial=int(([0, *ends])[written]))
-  rest = chunks(job, [shard.about for shard in done[:written]]) if written < len(paths) else ()
-  for i, (records, _) in enumerate(rest, written):
-    records = [record for record in records if not isinstance(record.document, str)]
-    check(
-      i < len(done) and len(records) == len(done[i].scores),
-      f"{', '.join(job.config.data)} changed while it was read: start afresh with another --output",
-    )
-    shards.write(paths[i], records, parts[i], schema)
-    bar.update(len(records))
-    if stop.requested:
-      raise Stopped
-  bar.close()
+  size = lambda numbers: sum(len(done[i].scores) for i in numbers)
+  turns = -(-len(missing) // jax.process_count())
+  mine = missing[jax.process_index() * turns :][:turns]
+  records = read_again(job, done, mine)
+  with progress_bar("writing", len(scores) - size(missing), total=len(scores)) as bar:
+    for turn in range(turns):  # as many on each host, which may have no part left to write
+      for part in mine[turn : turn + 1]:
+        shards.write(paths[part], next(records), parts[part], schema)
+      bar.update(size(missing[turn::turns]))
+      if hosts.any_host(stop.requested):
+        raise Stopped
+  if not hosts.leader():
+    return
   rejects = [reject for shard in done for reject in shard.about["rejects"]]
   lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
   report.write_atomically(output / "rejects.jsonl", lambda file: file.write(lines.encode()))
@@ -354,6 +364,20 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
   manifest = {"records": sum(shard.about["records"] for shard in done)} | shards.counts(columns)
   manifest |= {"tokens": tokens, "rejected": reasons, "files": files} | origin(job)
   shards.write_manifest(output, manifest | {"cdf": shards.cdf(ordered)})
+
+
+def read_again(job: Job, done: list[Scored], parts: list[int]) -> Iterator[list[Record]]:
+  """The documents of these parts, in order; they must be where they were when they were scored."""
+  ends = np.cumsum([len(shard.scores) for shard in done])
+  rest = read(job, done[: parts[0]], set(parts).__contains__)
+  for number in range(parts[0], parts[-1] + 1):
+    shard, place = next(rest, None), done[number].about["next"]
+    check(
+      shard is not None and shard.next == place and shard.documents == ends[number],
+      f"{', '.join(job.config.data)} changed while it was read: start afresh with another --output",
+    )
+    if shard.records:
+      yield shard.usable
 
 
 def select(config: Config, scores, coins, ordered) -> tuple[np.ndarray, ...]:
@@ -406,5 +430,6 @@ def origin(job: Job) -> dict[str, Any]:
 if __name__ == "__main__":
   flags.DEFINE_string("output", None, "folder of the result; one that was interrupted is resumed")
   flags.DEFINE_string("mesh", None, "data=N: devices that share each batch; default all")
+  hosts.define_flags()
   cli.define_flags(Config)
   cli.run(main)

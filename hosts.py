@@ -4,16 +4,19 @@
   python train.py --workdir=/shared/run --coordinator=host0:1234 --num_processes=2 --process_id=1
 
 or --coordinator=auto on all hosts of a Slurm job, a GKE job set or a Cloud TPU slice. Hosts run the
-same program on the same flags and share the workdir; each reads the sequences of its own devices,
-and the leader (process 0) writes metrics and reports. If one dies all others stop, within
-`heartbeat` seconds; started again, the run goes on from its last checkpoint.
+same program on the same flags and share the workdir; each reads the sequences of its own devices
+(curate.py: scores shards of its own), and the leader (process 0) writes metrics and reports. If one
+dies all others stop, within `heartbeat` seconds; started again, the run goes on from its last
+checkpoint.
 """
 
 import contextlib
+import hashlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -112,6 +115,23 @@ def any_host(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def agree_on(folder: Path, found: Any) -> None:
+  """What was found in the folder says what is to be done: all hosts must have found the same. None
+  goes on before all are here.
+
+  Raises:
+    UserError: they see different files.
+  """
+  if jax.process_count() == 1:
+    return
+  digest = hashlib.blake2b(repr(found).encode(), digest_size=16).digest()
+  mine = np.frombuffer(digest, np.uint8)
+  check(
+    bool((multihost_utils.process_allgather(mine) == mine).all()),
+    f"the hosts see different files in {folder}: let it be one folder that they share",
+  )
+
+
 @contextlib.contextmanager
 def stop_together() -> Iterator[None]:
   """A host that fails says why and ends at once: JAX's own end would wait for all hosts, and they
@@ -136,7 +156,7 @@ def _report(error: BaseException) -> int:
   print(
     f"error: process {jax.process_index()} of {jax.process_count()} cannot go on "
     f"({one_line(error)}): if another host has died, see its output; start all of "
-    "them again with the same --workdir, to go on from its last checkpoint",
+    "them again with the same flags, to go on where the run was last saved",
     file=sys.stderr,
   )
   return 1

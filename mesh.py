@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -73,6 +74,13 @@ def make_data_mesh(spec: str | None, devices: Sequence[Any] | None = None) -> Me
     f"--mesh={spec}: only train.py has a population; write it like data=4",
   )
   return make_mesh(spec, 1, devices)
+
+
+def of_this_host(mesh: Mesh) -> Mesh:
+  """Those of its devices that are this host's, for what each host does by itself. None lacks one:
+  of several hosts, make_mesh takes all devices."""
+  own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  return Mesh(np.array(own).reshape(1, -1), AXES, axis_types=mesh.axis_types)
 
 
 def shards(axis: str) -> int:

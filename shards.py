@@ -9,11 +9,13 @@ error.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +23,81 @@ import pyarrow.parquet
 
 import report
 from cli import UserError
-from documents import Record, one_line
+from documents import DataConfig, Record, Report, corpus_records, one_line
 
 FIELDS = ("datarater_score", "datarater_quantile", "datarater_keep")
 FORMATS = ("jsonl", "parquet")
+
+
+class Shard(NamedTuple):
+  """Consecutive records of the input."""
+
+  number: int
+  records: list[Record]  # none if they were only passed by
+  next: list[int] | None  # (input, index) of the record after them; None: there is none
+  documents: int  # of the input up to their end
+
+  @property
+  def usable(self) -> list[Record]:
+    return [record for record in self.records if not isinstance(record.document, str)]
+
+
+def read(
+  reading: DataConfig, format: str, size: int, before: list[dict], kept: Callable[[int], bool]
+) -> Iterator[Shard]:
+  """The shards of `size` records after those of the facts `before`. Of those whose number is not to
+  be kept the records are only counted."""
+  counts, place = Report(), (0, 0)
+  if before:
+    counts.records, place = sum(about["records"] for about in before), before[-1]["next"]
+    for reject in itertools.chain.from_iterable(about["rejects"] for about in before):
+      counts.skipped[reject["reason"]] += 1
+
+  records = checked(reading, format, counts, tuple(place))
+  number, first = len(before), next(records, None)
+  while first is not None:
+    shard = itertools.chain([first], itertools.islice(records, size - 1))
+    shard = collections.deque(shard, maxlen=None if kept(number) else 0)
+    documents = counts.records - sum(counts.skipped.values())
+    first = next(records, None)  # at the end the share of unusable records is judged
+    yield Shard(number, list(shard), first and list(first[:2]), documents)
+    number += 1
+
+
+def facts(shard: Shard, inputs: list, format: str) -> dict[str, Any]:
+  """What is to be known of a shard once its records are let go."""
+  sizes, end = [item.stamp[0] for item in inputs], shard.records[-1]
+  read = (sum(sizes[: end.input]) + sizes[end.input] * end.read) / max(sum(sizes), 1)
+  inferred = [record for record in shard.usable if not isinstance(record.original, tuple)]
+  schema = None
+  if format == "parquet" and inferred:
+    schema = inferred_schema(inferred).serialize().to_pybytes().hex()
+  rejects = [
+    {"file": inputs[x.input].path, "record": x.number, "reason": x.document}
+    for x in shard.records
+    if isinstance(x.document, str)
+  ]
+  return {
+    "next": shard.next,
+    "records": len(shard.records),
+    "documents": shard.documents,
+    "rejects": rejects,
+    "read": 0 if math.isnan(read) else read,  # share of all input files up to the shard's end
+    "schema": schema,
+  }
+
+
+def checked(
+  reading: DataConfig, format: str, counts: Report | None = None, start: tuple[int, int] = (0, 0)
+) -> Iterator[Record]:
+  """The records from `start` on; those that cannot be written in the format are unusable."""
+  counts = Report() if counts is None else counts
+  for record in corpus_records(reading, counts, start):
+    if not isinstance(record.document, str):
+      if reason := unwritable(record, format):
+        counts.skipped[reason] += 1
+        record = record._replace(document=reason)
+    yield record
 
 
 def unwritable(record: Record, format: str) -> str | None:

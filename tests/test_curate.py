@@ -30,7 +30,7 @@ import data
 import scoring
 import train
 from cli import UserError
-from documents import DataError
+from documents import DataError, find_inputs
 from workdir import Checkpoints, open_workdir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -562,6 +562,75 @@ def test_ctrl_c_stops_at_the_next_batch_and_the_rest_follows(job, tmp_path, monk
   assert contents(job(path, output=output)) == whole
 
 
+def test_shards_and_parts_that_lack_one_between_them_are_completed(job, tmp_path, monkeypatch):
+  """As several hosts leave them, of which one was slower or died."""
+  records = [{"text": t, "x": i} for i, t in enumerate(make_texts(80))]
+  records[20], records[70] = (
+    {"text": 1},
+    b"{",
+  )  # in a shard that is scored again, in one that is not
+  path = write_lines(tmp_path / "in.jsonl", records)
+  whole = contents(job(path, output=tmp_path / "whole"))
+  scored, written = [], []
+  score, write, output = scoring.score, curate.shards.write, tmp_path / "gaps"
+
+  def scoring_ends(rater, rows, n, progress):
+    scored.append(n)
+    return score(rater, rows, n, progress)
+
+  def writing_ends(path, *arguments):
+    if path.name == end:
+      raise Crash
+    written.append(path.name)
+    return write(path, *arguments)
+
+  monkeypatch.setattr(scoring, "score", scoring_ends)
+  monkeypatch.setattr(curate.shards, "write", writing_ends)
+  end = "part-00000.jsonl"
+  with pytest.raises(Crash):
+    job(path, output=output)
+  assert scored == [16, 15, 16, 16, 15]
+  for gaps, again in (([1], [15]), ([0, 2], [16, 16]), ([4], [15]), ([], [])):
+    for i in gaps:
+      (output / "scores" / f"0000{i}.npz").unlink()
+    scored.clear()
+    end = "part-00003.jsonl" if not gaps else end
+    with pytest.raises(Crash):
+      job(path, output=output)
+    assert scored == again
+  assert written == [f"part-0000{i}.jsonl" for i in range(3)]
+  (output / "part-00001.jsonl").unlink()
+  written.clear(), (end := None)
+  assert contents(job(path, output=output)) == whole
+  assert written == [f"part-0000{i}.jsonl" for i in (1, 3, 4)]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 12])
+@pytest.mark.parametrize("done", [(), (0,), (0, 1, 3), (0, 1, 2, 9), (1, 4, 5), range(9)])
+def test_hosts_score_what_is_not_done_once_in_as_many_rounds(hosts, done, tmp_path, monkeypatch):
+  path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in make_texts(75)] + [b"{"])
+  config = curate.Config(rater="any", data=(path,), score_only=True, shard_records=8)
+  named = curate.Job(config, None, find_inputs((path,)), data.DataConfig((path,)), "jsonl")
+  everything = list(curate.read(named, [], lambda number: True))
+  assert [len(shard.usable) for shard in everything] == [8] * 9 + [3]
+  facts = [curate.shards.facts(shard, named.inputs, "jsonl") for shard in everything]
+  scored = {i: curate.Scored(np.zeros(8), np.zeros(8), facts[i]) for i in done}
+  start = curate.unbroken(scored)
+  monkeypatch.setattr(curate, "prepare", lambda job, shard: ([x.value for x in shard.usable],))
+  monkeypatch.setattr(jax, "process_count", lambda: hosts)
+  taken, ends = [], []
+  for host in range(hosts):
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    rounds = list(curate.prepared(named, scored, start))
+    assert len(rounds) == -(-(10 - len(start)) // hosts)
+    assert all(len(mine) <= 1 for mine, _ in rounds)
+    taken += [shard for mine, _ in rounds for shard in mine]
+    ends.append([after for _, after in rounds])
+  assert ends == [ends[0]] * hosts and ends[0][-1] == 75
+  expected = [(i, [x.value for x in everything[i].usable]) for i in range(10) if i not in done]
+  assert sorted(taken, key=lambda shard: shard[0]) == expected
+
+
 def test_another_configuration_input_or_rater_is_refused_untouched(job, tmp_path, monkeypatch):
   path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in make_texts(20)])
   output = job(path)
@@ -579,13 +648,14 @@ def test_another_configuration_input_or_rater_is_refused_untouched(job, tmp_path
   assert sorted((p, p.stat().st_mtime_ns) for p in output.rglob("*")) == before
 
 
-def test_an_input_that_changes_between_the_passes_is_noticed(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [1, 32, 39, 41])
+def test_an_input_that_changes_between_the_passes_is_noticed(count, job, tmp_path, monkeypatch):
   path = tmp_path / "in.jsonl"
   write_lines(path, [{"text": t} for t in make_texts(40)])
   select = curate.select
 
   def change(*arguments):
-    write_lines(path, [{"text": t} for t in make_texts(39)])
+    write_lines(path, [{"text": t} for t in make_texts(count)])
     return select(*arguments)
 
   monkeypatch.setattr(curate, "select", change)
@@ -704,6 +774,10 @@ def test_from_the_command_line_mistakes_are_one_line(workdir, tmp_path, environm
     (environment, [f"--rater={tmp_path / 'none'}", f"--output={tmp_path / 'o'}", *good], "no run"),
     (without_beam, command(workdir, tmp_path / "o", *good)[2:] + ["--runner=DirectRunner"],
      "pip install -e '.[beam]'"),
+    (environment, command(workdir, tmp_path / "o", *good)[2:]
+     + ["--runner=DirectRunner", "--coordinator=localhost:1"], "leave one out"),
+    (environment, command(workdir, tmp_path / "o", *good)[2:] + ["--process_id=0"],
+     "go with --coordinator"),
   ):  # fmt: skip
     result = run(variables, sys.executable, "curate.py", *arguments)
     errors = [x for x in result.stderr.splitlines() if x.startswith("error: ")]

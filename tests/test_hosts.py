@@ -35,6 +35,7 @@ def start(corpus, cache, tmp_path):
   def of(workdir, *flags, script="train.py"):
     where = [f"--workdir={tmp_path / workdir}", f"--cache_dir={cache}"]
     where += [f"--data={corpus}", *FLAGS] if script == "train.py" else []
+    where = [f"--output={tmp_path / workdir}"] if script == "curate.py" else where
     started.append(jobs.start(script, cache, *where, *flags))
     return started[-1]
 
@@ -44,11 +45,14 @@ def start(corpus, cache, tmp_path):
     process.communicate()
 
 
-def start_hosts(start, workdir, *flags, **script):
+def free_port():
   with socket.socket() as free:
     free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  coordinator = f"--coordinator=localhost:{port}"
+    return free.getsockname()[1]
+
+
+def start_hosts(start, workdir, *flags, **script):
+  coordinator = f"--coordinator=localhost:{free_port()}"
   more = (*flags, "--num_processes=2", f"--heartbeat={HEARTBEAT}")
   return [start(workdir, coordinator, *more, f"--process_id={i}", **script) for i in range(2)]
 
@@ -152,6 +156,98 @@ def test_two_hosts_evaluate_what_one_does(start, small_rater, tmp_path, two_devi
   assert finish([start("one", *flags, script="evaluate.py")]) == said.replace("two", "one")
   two, one = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("two", "one"))
   assert two == one
+
+
+def contents(folder):
+  return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_texts(path, count, bad=(), odd=()):
+  """--data= of documents, of which some are not JSON and others hold a text instead of a number."""
+  rng = np.random.default_rng(0)
+  words = "the rater scores each text and the inner models learn from what it likes best".split()
+  texts = [f"{i} " + " ".join(rng.choice(words, rng.integers(1, 40))) for i in range(count)]
+  records = [{"text": text, "n": "" if i in odd else i} for i, text in enumerate(texts)]
+  lines = ["{" if i in bad else json.dumps(record) for i, record in enumerate(records)]
+  path.write_text("\n".join(lines))
+  return f"--data={path}"
+
+
+@pytest.mark.slow
+def test_two_hosts_curate_to_the_bytes_of_one_whatever_happens(start, small_rater, tmp_path):
+  flags = [f"--rater={small_rater}", write_texts(tmp_path / "in.jsonl", 4000, bad=(9, 77, 3999))]
+  flags += ["--discard=0.5", "--shard_records=8", "--score_batch=4"]
+  two, of = tmp_path / "two", dict(script="curate.py")
+  count = lambda files: len(list(two.glob(files)))
+
+  def running(files, at_least):
+    both = start_hosts(start, "two", *flags, **of)
+    jobs.wait_until(lambda: count(files) >= at_least, both[0])
+    assert [host.poll() for host in both] == [None, None], both[0].communicate()[1]
+    return both
+
+  for dies, at_least in ((1, 20), (0, 60)):
+    both = running("scores/*.npz", at_least)
+    both[dies].send_signal(signal.SIGKILL)
+    assert_ends_by_itself(both[1 - dies])
+    both[dies].communicate()
+  (two / "scores" / "00003.npz").unlink()  # a gap, were there none
+  for asked, files, at_least in ((1, "scores/*.npz", 120), (0, "part-*", 40)):
+    both = running(files, at_least)
+    both[asked].send_signal(signal.SIGTERM)  # one is asked, both stop
+    assert "stopped: start again to go on" in finish(both)
+    assert at_least <= count(files) < 500
+  parts = {int(path.stem.removeprefix("part-")) for path in two.glob("part-*")}
+  assert max(parts) > len(parts)  # of both hosts, with a gap between
+  said = finish([start("two", *flags, **of)])
+  assert finish([start("one", *flags, **of)]).endswith(said)
+  assert "records rejected: 3 broken JSON" in said
+  assert contents(two) == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_hosts_of_two_devices_curate_what_one_does(start, small_rater, tmp_path, two_devices):
+  two_devices()
+  flags = [f"--rater={small_rater}", write_texts(tmp_path / "in.jsonl", 100), "--score_only"]
+  flags += ["--shard_records=9", "--score_batch=4", "--format=parquet", "--max_documents=95"]
+  of = dict(script="curate.py")
+  said = finish(start_hosts(start, "two", *flags, "--mesh=data=4", **of))
+  assert "x 2 on each of 2 hosts" in said
+  one = finish([start("one", *flags, "--mesh=data=2", **of)])
+  assert said.replace(" on each of 2 hosts", "") == one
+  assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "wrong, by, message",
+  [
+    (dict(bad=range(500, 1000)), (0, 1), "500 of 1000 records are unusable"),
+    (dict(odd=[5]), (0,), "have fields of two kinds"),  # seen by the host whose shard it is
+    (dict(odd=[105]), (1,), "have fields of two kinds"),
+  ],
+)
+def test_input_that_two_hosts_cannot_curate(wrong, by, message, start, small_rater, tmp_path):
+  flags = [f"--rater={small_rater}", write_texts(tmp_path / "in.jsonl", 1000, **wrong)]
+  flags += ["--discard=0.5", "--shard_records=100", "--format=parquet"]
+  both = start_hosts(start, "two", *flags, script="curate.py")
+  said = [host.communicate(timeout=120)[1].replace("\r", "\n").splitlines() for host in both]
+  assert all(host.returncode not in (0, None) for host in both)
+  told = [i for i in range(2) if any(x.startswith("error: ") and message in x for x in said[i])]
+  assert told and set(told) <= set(by), said
+  for other in {0, 1} - set(by):
+    assert any("another host" in x or "another task died" in x for x in said[other]), said[other]
+
+
+@pytest.mark.slow
+def test_two_hosts_that_curate_must_share_the_folder(start, small_rater, tmp_path):
+  flags = [f"--rater={small_rater}", write_texts(tmp_path / "in.jsonl", 40), "--score_only"]
+  flags += ["--shard_records=10", "--num_processes=2", f"--heartbeat={HEARTBEAT}"]
+  flags += [f"--coordinator=localhost:{free_port()}"]
+  both = [start(f"of{i}", *flags, f"--process_id={i}", script="curate.py") for i in range(2)]
+  errors = "".join(host.communicate(timeout=120)[1] for host in both)
+  assert "error: the hosts see different files in" in errors
+  assert not any(host.returncode == 0 for host in both) and not list(tmp_path.glob("*/part-*"))
 
 
 def assert_ends_by_itself(host):
