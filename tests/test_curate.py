@@ -648,10 +648,10 @@ def test_another_configuration_input_or_rater_is_refused_untouched(job, tmp_path
   assert sorted((p, p.stat().st_mtime_ns) for p in output.rglob("*")) == before
 
 
-@pytest.mark.parametrize("count", [1, 32, 39, 41])
+@pytest.mark.parametrize("count", [1, 32, 47, 49, 64])
 def test_an_input_that_changes_between_the_passes_is_noticed(count, job, tmp_path, monkeypatch):
   path = tmp_path / "in.jsonl"
-  write_lines(path, [{"text": t} for t in make_texts(40)])
+  write_lines(path, [{"text": t} for t in make_texts(48)])  # three shards
   select = curate.select
 
   def change(*arguments):
