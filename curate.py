@@ -19,10 +19,11 @@ Started again with the same command it goes on where it stopped, and the output 
 --data=demo is the demo corpus as it is, without the corruption that train.py adds.
 
 All devices of a host share each batch; of another number of devices, scores may round otherwise.
-Several hosts run the same command with --coordinator (hosts.py) on one output folder, and end in
-the bytes of one. Shards of --shard_records are scored in rounds, one by each host, which reads
-through all records and tokenises and scores its own; then each writes a run of the parts. Another
-number of hosts may go on. With --runner it is an Apache Beam pipeline: curate_beam.py.
+Several hosts run the same command with --coordinator (hosts.py) and share the output folder; the
+output is the bytes of one host. Shards of --shard_records are scored in rounds, of which each host
+takes one: it reads through all records, and tokenises and scores its own. Then each host writes a
+run of the parts, and reads from the place of its first. Another number of hosts may go on with what
+some have begun. With --runner it is an Apache Beam pipeline: curate_beam.py.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Curated records as files: each record as it was read, with new fields after its own; a manifest.
+"""Records read in shards, and as files: each as it was, with new fields after its own; a manifest.
 
 JSONL, not compressed: the line of a JSON record is kept byte for byte, up to its last brace. Others
 become an object; what JSON lacks (bytes, dates) makes a record unusable. A piece of a text file is
