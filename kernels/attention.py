@@ -72,7 +72,7 @@ def attention(q_BHSK, k_BHSK, v_BHSK, segments_BS, *, causal: bool, backend: str
   more_K = max(16, pl.next_power_of_2(K)) - K if backend == "pallas_gpu" else 0
   more_S = -S % largest_block(S, backend)
   pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more_S), (0, more_K)])
-  k_BHSK -= jnp.mean(k_BHSK, 2, jnp.float32, keepdims=True).astype(dtype)
+  k_BHSK = k_BHSK - jax.lax.stop_gradient(_mean(k_BHSK))
   segments = jnp.pad(segments_BS, [(0, 0), (0, more_S)], constant_values=-1)[:, None]
   o, _ = VALUES(_How(causal, backend), (segments, *map(pad, (q_BHSK, k_BHSK, v_BHSK))))
   return o[:, :, :S, :K].astype(dtype)
@@ -94,7 +94,9 @@ def _values(how, arrays):
 
 
 def _values_jvp(how, arrays, results, tangents):
-  return VALUE_TANGENTS(how, (*arrays, *results, *tangents[1:]), len(arrays) + len(results))
+  _, q_t, k_t, v_t = tangents
+  k_t -= _mean(k_t)
+  return VALUE_TANGENTS(how, (*arrays, *results, q_t, k_t, v_t), len(arrays) + len(results))
 
 
 def _value_tangents(how, arrays):
@@ -121,7 +123,12 @@ def _gradients(how, arrays):
 
 
 def _gradients_jvp(how, arrays, results, tangents):
-  return GRADIENT_TANGENTS(how, (*arrays, *tangents[1:]))
+  _, q_t, k_t, *rest = tangents
+  return GRADIENT_TANGENTS(how, (*arrays, q_t, k_t - _mean(k_t), *rest))
+
+
+def _mean(k_BHSK):
+  return jnp.mean(k_BHSK, 2, jnp.float32, keepdims=True).astype(k_BHSK.dtype)
 
 
 VALUES = Operation("attention", _values, _values_jvp)
