@@ -218,7 +218,7 @@ def _part_read(name, fused):
       total += _size(user.type, True)
     elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
       continue  # in place: what is not updated is not touched
-    elif user.opcode in ("bitcast", "get-tuple-element"):
+    elif user.opcode in ("bitcast", "get-tuple-element", "transpose", "reshape", "copy"):
       total += _part_read(user.name, fused)
     else:
       return math.inf

@@ -302,7 +302,7 @@ def _call(kernel, how, x, outputs):
       return pl.BlockSpec((None, 1, own), lambda b, h, i: (b, 0, i))
     mine = (name[0] not in "kv") == own_queries
     size, place = (own, lambda i: i) if mine else (S, lambda i: 0)
-    if name in _STATISTICS:
+    if name in _STATISTICS.split():
       return pl.BlockSpec((None, None, 1, size), lambda b, h, i: (b, h, 0, place(i)))
     return pl.BlockSpec((None, None, size, K), lambda b, h, i: (b, h, place(i), 0))
 

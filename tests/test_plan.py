@@ -223,6 +223,23 @@ def test_collectives_of_a_module_read_by_hand():
   assert traffic.bytes == 5 * of_turn and traffic.unknown_loops == 0
 
 
+def test_a_fusion_reads_what_it_slices_also_out_of_a_transpose():
+  text = """HloModule jit_f
+
+%fused (p: f32[8,4]) -> f32[1,8] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %t = f32[4,8]{1,0} transpose(%p), dimensions={1,0}
+  ROOT %s = f32[1,8]{1,0} slice(%t), slice={[1:2], [0:8]}
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[1,8] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %f = f32[1,8]{1,0} fusion(%a), kind=kLoop, calls=%fused
+}
+"""
+  assert hlo.traffic(text).bytes == 8 * 4 + 8 * 4
+
+
 def _compiled(**values):
   fields = dict(
     devices=2,
