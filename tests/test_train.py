@@ -204,3 +204,17 @@ def test_weight_fit_finds_the_r2_of_an_exact_and_of_an_independent_relation():
   noise, source = rng.uniform(0.1, 0.8, 128), np.repeat("a", 128)
   assert report.weight_fit(np.log(1 - noise), noise, source)["r2"] == pytest.approx(1)
   assert report.weight_fit(rng.normal(size=128), noise, source)["r2"] < 0.1
+
+
+def test_a_rater_trained_with_kernels_is_opened_without_them(small_rater, tmp_path):
+  """On a machine that would run them in an interpreter."""
+  workdir = shutil.copytree(small_rater, tmp_path / "rater")
+  saved = json.loads((workdir / "config.json").read_text())
+  saved["config"]["attention_backend"] = "pallas_gpu"
+  (workdir / "config.json").write_text(json.dumps(saved))
+  rater, texts = train.open_rater(workdir), ["the rater scores each text " * 5]
+  assert rater.config.attention_backend == "xla"
+  assert rater.fingerprint == train.open_rater(small_rater).fingerprint
+  np.testing.assert_array_equal(
+    train.load_rater(workdir)(texts), train.load_rater(small_rater)(texts)
+  )
