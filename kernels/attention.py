@@ -33,6 +33,7 @@ that are zero (of s along a row) are not multiplied with something large after r
 Axes: B sequences, H heads, S tokens, K head width.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def attention(q_BHSK, k_BHSK, v_BHSK, segments_BS, *, causal: bool, backend: str
   S, K = q_BHSK.shape[2:]
   # Triton's arrays have powers of two; blocks are whole.
   more_K = max(16, pl.next_power_of_2(K)) - K if backend == "pallas_gpu" else 0
-  more_S = -S % largest_block(S, backend)
+  more_S = -S % padding_block(S, backend)
   pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more_S), (0, more_K)])
   k_BHSK = k_BHSK - jax.lax.stop_gradient(_mean(k_BHSK))
   segments = jnp.pad(segments_BS, [(0, 0), (0, more_S)], constant_values=-1)[:, None]
@@ -337,9 +338,9 @@ def _call(kernel, how, x, outputs):
   return tuple(result[name] for name in outputs)
 
 
-def largest_block(S: int, backend: str) -> int:
-  """Of queries or keys, a power of two; sequences are padded to whole ones, by an eighth at most
-  unless they are short."""
+def padding_block(S: int, backend: str) -> int:
+  """To whole ones of which sequences are padded: a power of two, by an eighth at most unless they
+  are short."""
   most, least = (512, 128) if backend == "pallas_tpu" else (128, 16)
   sizes = [most >> i for i in range(10) if most >> i >= least]
   return next((size for size in sizes if -S % size <= S // 8), least)
@@ -348,15 +349,15 @@ def largest_block(S: int, backend: str) -> int:
 def block_sizes(
   kernel: Callable, S: int, K: int, dtype, tangents: bool, backend: str, device: str
 ) -> tuple[int, int]:
-  """(own, other): of the block that a program has, and of those that it goes along.
+  """(own, other): of the block that a program has and of those that it goes along; they divide S,
+  which is padded.
 
   Raises:
     ValueError: a head's keys and values do not fit in a TPU's VMEM.
   """
   size, arrays = jnp.dtype(dtype).itemsize, 4 if tangents else 2  # of a side
-  largest = largest_block(S, backend)
   if backend == "pallas_tpu":
-    block = min(largest, 256 if tangents else 512)
+    block = math.gcd(S, 256 if tangents else 512)
     needed = 2 * arrays * (S + block) * max(K, 128) * size + 10 * block * block * 4
     vmem = _tpu(device).vmem_bytes
     if needed > vmem * 7 // 8:
@@ -374,7 +375,7 @@ def block_sizes(
   shared = next(c for n, c in pallas_gpu.CHIPS.items() if device.startswith(n)).shared_bytes
   while arrays * K * size * (own + STAGES * other) > shared and other > 16:
     own, other = max(16, own // 2), other // 2
-  return min(own, largest), min(other, largest)
+  return math.gcd(S, own), math.gcd(S, other)
 
 
 STAGES = 2  # of a GPU's loads

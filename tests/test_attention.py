@@ -4,6 +4,7 @@ Axes: B sequences, H heads, S tokens, K head width.
 """
 
 import dataclasses
+import itertools
 
 import haiku as hk
 import jax
@@ -27,7 +28,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
   """Several blocks of either side, of unequal sizes; Triton's do not divide S."""
-  monkeypatch.setattr(kernel, "largest_block", lambda S, backend: 32)
+  monkeypatch.setattr(kernel, "padding_block", lambda S, backend: 32)
 
   def sizes(pass_, *_):
     return (16, 32) if pass_ is kernel._key_gradients_kernel else (32, 16)
@@ -49,7 +50,7 @@ def inputs(dtype="float32", n=4, seed=0, mean=0.0):
 def dense(causal, segments=SEGMENTS):
   """(q, k, v) -> o, all scores at once."""
   visible = segments[:, :, None] == segments[:, None, :]
-  visible &= np.tri(S, dtype=bool) if causal else True
+  visible &= np.tri(segments.shape[1], dtype=bool) if causal else True
 
   def attend(q, k, v):
     scores = jnp.where(visible[:, None], jnp.einsum("bhqk,bhsk->bhqs", q, k), -jnp.inf)
@@ -86,6 +87,34 @@ def test_values_gradients_and_their_tangents_are_the_dense_ones(backend, causal,
   actual = orders(fused(causal, backend), *arguments)
   assert {x.dtype for x in jax.tree.leaves(actual)} == {jnp.dtype(dtype)}
   assert_close(actual, in_float64(dense(causal), *arguments), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_their_own_choice(backend, monkeypatch):
+  """Of which a sequence of 272 has three on a TPU; on a GPU, padded to 288, nine."""
+  monkeypatch.undo()
+  longer = lambda x: jnp.concatenate([x] * 4, 2)[:, :1, :272]
+  *qkv, weights = map(longer, inputs())
+  along = list(map(longer, inputs(n=3, seed=1)))
+  segments = np.repeat([[1, 2], [3, 3]], [100, 172], 1)
+  attend, arguments = fused(True, backend, segments), (qkv, along, weights)
+  assert_close(orders(attend, *arguments), in_float64(dense(True, segments), *arguments), 1e-5)
+
+
+@pytest.mark.parametrize(
+  "backend, device, least",
+  [("pallas_gpu", "NVIDIA H100", 16), ("pallas_gpu", "", 16), ("pallas_tpu", "TPU v5 lite", 128)],
+)
+def test_blocks_divide_a_sequence_that_is_padded_little(backend, device, least, monkeypatch):
+  monkeypatch.undo()
+  for S in (*range(1, 520), 1000, 2048, 3000):
+    padded = S + -S % kernel.padding_block(S, backend)
+    assert padded - S <= max(S // 8, least - 1)
+    for pass_, tangents, K, dtype in itertools.product(
+      kernel.UNITS, (True, False), (16, 64, 128, 256), TOLERANCE
+    ):
+      sizes = kernel.block_sizes(pass_, padded, K, dtype, tangents, backend, device)
+      assert all(size >= least and padded % size == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
