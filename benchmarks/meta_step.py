@@ -3,7 +3,8 @@
   python benchmarks/meta_step.py                       # T 2 and 8, every mode, a small model
   python benchmarks/meta_step.py --T=2 --mode=mixed --repeats=9
   python benchmarks/meta_step.py --model=150m --rater=50m --dtype=bfloat16 --vocab=32000 \\
-    --seq=2048 --T=2 --mode=mixed,mixed_offload --remat=block,products        # one accelerator
+    --seq=2048 --T=2 --mode=mixed,mixed_offload --remat=block,products \\
+    --attention_backend=pallas_gpu                                      # one accelerator
 
 Prints a line per configuration: minimum and median seconds, compiled temporary memory, and the rate
 of the necessary FLOPs (`flops.minimum` less what memory would save), as a share of the chip's peak
