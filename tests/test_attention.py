@@ -93,10 +93,10 @@ def test_values_gradients_and_their_tangents_are_the_dense_ones(backend, causal,
 def test_blocks_of_their_own_choice(backend, monkeypatch):
   """Of which a sequence of 272 has three on a TPU; on a GPU, padded to 288, nine."""
   monkeypatch.undo()
-  longer = lambda x: jnp.concatenate([x] * 4, 2)[:, :1, :272]
+  longer = lambda x: jnp.concatenate([x] * 4, 2)[:1, :1, :272]
   *qkv, weights = map(longer, inputs())
   along = list(map(longer, inputs(n=3, seed=1)))
-  segments = np.repeat([[1, 2], [3, 3]], [100, 172], 1)
+  segments = np.repeat([[1, 2]], [100, 172], 1)
   attend, arguments = fused(True, backend, segments), (qkv, along, weights)
   assert_close(orders(attend, *arguments), in_float64(dense(True, segments), *arguments), 1e-5)
 
@@ -164,9 +164,15 @@ def test_members_are_a_batch(backend):
   assert_close(of_all, jnp.stack(each), 1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
-@pytest.mark.parametrize("remat, scan", [("none", False), ("block", True), ("products", True)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+  "backend, remat, scan, causal",
+  [
+    ("pallas_gpu", "block", True, True),
+    ("pallas_gpu", "products", True, False),
+    ("pallas_tpu", "block", True, True),
+    ("pallas_tpu", "none", False, False),
+  ],
+)
 def test_a_transformer_is_the_same_with_it(backend, remat, scan, causal):
   """To second order, in blocks that are scanned and formed again."""
   config = transformer.TransformerConfig(13, 16, 2, 2, 8, 24, remat=remat, scan_layers=scan)
