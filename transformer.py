@@ -223,10 +223,9 @@ def rope_table(positions_BS: jax.Array, head_dim: int, dtype) -> tuple[jax.Array
 
 def apply_rope(x_BSHK, rotation):
   """Rotates the pairs (x[i], x[i + K / 2]) by their position's angle."""
-  cos, sin = (t[:, :, None, None] for t in rotation)
-  pairs = x_BSHK.astype(_wide(x_BSHK)).reshape(*x_BSHK.shape[:-1], 2, -1)
-  turned = pairs * cos + pairs[..., ::-1, :] * sin * np.array([[-1], [1]], np.float32)
-  return turned.reshape(x_BSHK.shape).astype(x_BSHK.dtype)
+  cos, sin = (t[:, :, None] for t in rotation)
+  a, b = jnp.split(x_BSHK.astype(_wide(x_BSHK)), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x_BSHK.dtype)
 
 
 def _wide(x):
