@@ -1,22 +1,27 @@
 """Algorithm 1 of the DataRater paper: one meta-step, and several in one compiled call.
 
-  for each inner model i, one after the other:
-    theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)       T updates of inner_loop
-    B_k ~ D_test                                             the member's own outer batch
-    g^i = d L(B_k; theta^i_{k+1}(eta_k)) / d eta             `meta_gradient`
-    etabar^i = H(eta_k, g^i)                                 the member's own meta-Adam
-  eta_{k+1} = mean_i etabar^i
+  line of Algorithm 1                                       here
+  repeat K times                                            train.py: `train`
+    for each inner model i:                                 `meta_step`: members in turn
+      theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)    `inner_loop.unroll`, T updates
+        B_t ~ D_train, N_inner sequences                    train.py: `draw`, argument inner_batches
+        g_t = sum_i sigma_i(phi_eta) grad l_i               `datarater_problem`: inner_loss
+      B_k ~ D_test, N_outer sequences                       train.py: `draw`, argument outer_batches
+      g^i = d L(B_k; theta^i_{k+1}(eta_k)) / d eta          `meta_gradient`
+      etabar^i = H(eta_k, g^i)                              `update_member`, its own Adam
+      re-initialize theta^i at the end of its lifetime      `update_member`
+    eta_{k+1} = mean_i etabar^i                             last lines of `meta_step`
 
-Inner models persist over meta-steps and are re-initialised in turn, so that at any time the
+Inner models persist over meta-steps and are re-initialized in turn, so that at any time the
 population stands at all stages of training (the paper's stratified lifetimes).
 
-What eta is and how it enters the inner loss is a `Problem`: `datarater_problem` is the paper's.
+A `Problem` says what eta is and how it enters the inner loss; `datarater_problem` is the paper's.
 
-Axes: N inner models, T inner steps, B sequences, S tokens, P probe sequences, M meta-steps a call.
+Axes: N inner models, m of them drawn for a meta-step, T inner steps, B sequences, P probe
+sequences, K meta-steps of a call.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +30,8 @@ import jax.numpy as jnp
 import optax
 
 import inner_loop
-import mesh
 from datarater import Rater, batch_weights
+from runtime import sharding
 from transformer import Batch, LanguageModel, merge_batch, split_batch
 
 
@@ -37,20 +42,203 @@ class Problem(NamedTuple):
   metas: Callable[[Any, Any], tuple[Any, dict]]  # (eta, batches [T]) -> (metas [T], diagnostics)
   inner_loss: inner_loop.LossFn  # (theta, meta, batch) -> (scalar, aux)
   outer_loss: Callable[[Any, Any], jax.Array]  # (theta, outer batch) -> scalar
-  probe: Callable[
-    [Any, Any], jax.Array
-  ]  # (eta, probe batch) -> scores [P], watched for convergence
+  probe: Callable[[Any, Any], jax.Array]  # (eta, probe batch) -> scores [P], for convergence
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+  """Algorithm 1 with its settings: one hashable value, static under jit."""
+
+  problem: Problem
+  inner_optimizer: optax.GradientTransformation  # Theta
+  meta_optimizer: optax.GradientTransformation  # H, one state per inner model
+  n_models: int  # N_models
+  lifetime: int  # inner updates between two re-initializations of a member
+  mode: str = "mixed"  # of differentiation: inner_loop.MODES
+  members_per_step: int | None = None  # m, members drawn for each meta-step; None: all N
+
+
+class Member(NamedTuple):
+  """One inner model of the population; in a MetaState all fields have a leading axis N."""
+
+  inner: inner_loop.InnerState  # theta^i and the state of Theta
+  meta_opt: Any  # the member's own state of H
+  age: jax.Array  # int32: inner updates since its initialization
+  until_reset: jax.Array  # int32: inner updates until its re-initialization
+  skipped: jax.Array  # int32: meta-gradients that were not finite
+
+
+class MetaState(NamedTuple):
+  """All that a run carries from one meta-step to the next."""
+
+  eta: Any  # the rater's parameters
+  members: Member  # [N]
+  step: jax.Array  # int32: k
+  key: jax.Array  # constant; every draw is a function of (key, k, i)
+  probe_scores: jax.Array  # [P]: scores of the probe batch at the end of the last call
+
+
+def meta_step(
+  algorithm: Algorithm, state: MetaState, inner_batches: Any, outer_batches: Any
+) -> tuple[MetaState, dict]:
+  """One meta-step: inner_batches [m, T, ..], outer_batches [m, ..] -> (state, diagnostics [m])."""
+  N = algorithm.n_models
+  m = algorithm.members_per_step or N
+  drawn = jnp.arange(N)
+  if m < N:
+    drawn = jax.random.permutation(_key(state.key, state.step, N), N)[:m]
+
+  def in_turn(eta, members, *batches):
+    # One member after the other, in place: a batch of members would make every matmul a batched
+    # one (slow on CPUs) and hold the activations of all members at once.
+    def body(carry, x):
+      members, total, used = carry
+      i, inner_batch, outer_batch = x
+      place = sharding.local_index(i, N)
+      member = jax.tree.map(lambda a: a[place], members)
+      fresh = _key(state.key, state.step + 1, i)
+      member, update, metrics = update_member(
+        algorithm, eta, member, inner_batch, outer_batch, fresh
+      )
+      members = jax.tree.map(lambda a, b: a.at[place].set(b), members, member)
+      total = jax.tree.map(jnp.add, total, update)
+      return (members, total, used + ~metrics["skipped"]), metrics
+
+    zero = jax.tree.map(jnp.zeros_like, eta)
+    (members, total, used), metrics = jax.lax.scan(body, (members, zero, 0), batches)
+    return (members, metrics), (total, used)
+
+  (members, metrics), (total, used) = sharding.over_population(in_turn)(
+    state.eta, state.members, drawn, inner_batches, outer_batches
+  )
+  # mean_i etabar^i = eta + the mean update, over the members whose meta-gradient was finite.
+  eta = jax.tree.map(lambda e, u: e + u / jnp.maximum(used, 1), state.eta, total)
+  state = state._replace(eta=eta, members=members, step=state.step + 1)
+  return state, metrics | {"member": drawn}
+
+
+def update_member(
+  algorithm: Algorithm, eta: Any, member: Member, inner_batch: Any, outer_batch: Any, key: Any
+) -> tuple[Member, Any, dict]:
+  """One member's part of a meta-step: (member, its update etabar^i - eta, diagnostics).
+
+  A meta-gradient that is not finite gives no update. `key` is for a re-initialization.
+  """
+  a, T = algorithm, len(jax.tree.leaves(inner_batch)[0])
+  g, inner, metrics = meta_gradient(a, eta, member.inner, inner_batch, outer_batch)
+
+  finite = jnp.isfinite(optax.tree.norm(g)) & jnp.isfinite(metrics["outer_loss"])
+  update, meta_opt = a.meta_optimizer.update(g, member.meta_opt, eta)
+  update = jax.tree.map(lambda u: jnp.where(finite, u, 0), update)
+  meta_opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), meta_opt, member.meta_opt)
+
+  age, until_reset = member.age + T, member.until_reset - T
+  metrics |= {
+    "meta_gradient_norm": optax.tree.norm(g),
+    "meta_update_norm": optax.tree.norm(update),
+    "age": age,
+    "skipped": ~finite,
+  }
+  # A non-finite inner model cannot recover, so it is re-initialized too.
+  reset = (until_reset <= 0) | ~jnp.isfinite(optax.tree.norm(inner.params))
+  fresh = lambda: inner_loop.init(a.inner_optimizer, a.problem.init_inner(key))
+  member = Member(
+    inner=jax.lax.cond(reset, fresh, lambda: inner),
+    meta_opt=meta_opt,
+    age=jnp.where(reset, 0, age),
+    until_reset=jnp.where(reset, a.lifetime, until_reset),
+    skipped=member.skipped + ~finite,
+  )
+  return member, update, metrics
+
+
+def meta_gradient(
+  algorithm: Algorithm,
+  eta: Any,
+  inner: inner_loop.InnerState,
+  inner_batch: Any,
+  outer_batch: Any,
+) -> tuple[Any, inner_loop.InnerState, dict]:
+  """g = d L(outer batch; theta_T(eta)) / d eta for one member.
+
+  The scores do not depend on theta: they are computed once, before the inner loop, so second-order
+  differentiation only has to produce the cotangent of the weights.
+
+  Returns (g, the inner state after T updates, diagnostics).
+  """
+  problem = algorithm.problem
+  metas, pull_back, diagnostics = jax.vjp(
+    lambda eta: problem.metas(eta, inner_batch), eta, has_aux=True
+  )
+  outer_loss, d_metas, inner, inner_losses = inner_loop.window_gradient(
+    lambda theta: problem.outer_loss(theta, outer_batch),
+    problem.inner_loss,
+    algorithm.inner_optimizer,
+    inner,
+    metas,
+    inner_batch,
+    algorithm.mode,
+  )
+  (g,) = pull_back(d_metas)
+  return g, inner, diagnostics | {"outer_loss": outer_loss, "inner_loss": inner_losses}
+
+
+def meta_steps(
+  algorithm: Algorithm, state: MetaState, inner_batches: Any, outer_batches: Any, probe: Any
+) -> tuple[MetaState, dict]:
+  """K meta-steps (the outer loop of Algorithm 1) and their diagnostics.
+
+  Args:
+    inner_batches: leading axes [K, m, T]; outer_batches: [K, m].
+    probe: a fixed batch of P sequences.
+
+  Returns the new state and a dict of arrays [K] or [K, m], plus `score_autocorrelation`, a scalar:
+  the correlation of the probe's scores with those before the call (near 1 at convergence).
+  """
+  previous = state.probe_scores
+  step = lambda state, batches: meta_step(algorithm, state, *batches)
+  state, metrics = jax.lax.scan(step, state, (inner_batches, outer_batches))
+  scores = algorithm.problem.probe(state.eta, probe)
+  metrics["score_autocorrelation"] = _correlation(previous, scores)
+  return state._replace(probe_scores=scores), metrics
+
+
+def init(algorithm: Algorithm, key: Any, eta: Any, probe: Any) -> MetaState:
+  """The state before the first meta-step: eta as given, N freshly initialized inner models."""
+  N, lifetime = algorithm.n_models, algorithm.lifetime
+
+  def members(eta, ids):
+    def member(i):
+      theta = algorithm.problem.init_inner(_key(key, 0, i))
+      inner = inner_loop.init(algorithm.inner_optimizer, theta)
+      return inner, algorithm.meta_optimizer.init(eta)
+
+    return jax.lax.map(member, ids), ()
+
+  ids = jnp.arange(N, dtype=jnp.int32)
+  (inner, meta_opt), _ = sharding.over_population(members)(eta, ids)
+  zeros = jnp.zeros(N, jnp.int32)
+  staggered = lifetime - ids * lifetime // N
+  return MetaState(
+    eta=eta,
+    members=Member(inner, meta_opt, age=zeros, until_reset=staggered, skipped=zeros),
+    step=jnp.zeros((), jnp.int32),
+    key=key,
+    probe_scores=algorithm.problem.probe(eta, probe),
+  )
 
 
 def datarater_problem(
   model: LanguageModel, rater: Rater, remat: bool = False, microbatches: int = 1
 ) -> Problem:
-  """Meta-input = softmax weights of the rater's scores; l = L = next-token loss.
+  """The paper's problem: metas are the softmax weights of the rater's scores, l = L = next-token
+  loss.
 
-  remat: form the scores of an inner batch again in the backward pass (accelerators, where the
-    rater's activations of T batches do not fit).
-  microbatches: score a batch in so many parts, each formed again in the backward pass. (The
-    model's own are its builder's matter: `transformer.language_model`.)
+  Args:
+    remat: recompute the scores of an inner batch in the backward pass (accelerators, where the
+      rater's activations of T batches do not fit).
+    microbatches: score each batch in this many microbatches, rematerialized in the backward pass.
+      The language model's are set in `transformer.language_model`.
   """
 
   def score(eta, batch: Batch):
@@ -60,14 +248,14 @@ def datarater_problem(
     return merge_batch(jax.lax.map(part, split_batch(batch, microbatches)))
 
   def scores_TB(eta, batches: Batch):
-    if microbatches > 1:  # a loop, so that one batch's parts are formed at a time
+    if microbatches > 1:  # a loop, so that the microbatches of one batch are live at a time
       return jax.lax.map(lambda batch: score(eta, batch), batches)
     if remat:
       return jax.lax.map(jax.checkpoint(lambda batch: rater.score(eta, batch)), batches)
     # Not as one batch of T * B: smaller activations stay in the caches of a CPU.
     T = batches.tokens.shape[0]
-    of_step = lambda t: jax.tree.map(lambda x: x[t], batches)
-    return jnp.stack([rater.score(eta, of_step(t)) for t in range(T)])
+    slices = [jax.tree.map(lambda x, t=t: x[t], batches) for t in range(T)]
+    return jnp.stack([rater.score(eta, batch) for batch in slices])
 
   def metas(eta, batches):
     scores = scores_TB(eta, batches)
@@ -75,7 +263,7 @@ def datarater_problem(
     return weights, {
       "score_mean": scores.mean(),
       "score_std": scores.std(),
-      # Of B: B for uniform weights, 1 where one sequence takes all.
+      # From B (uniform weights) down to 1 (one sequence takes all).
       "effective_sample_size": jnp.mean(1 / jnp.sum(jnp.square(weights), -1)),
     }
 
@@ -90,198 +278,14 @@ def datarater_problem(
   return Problem(model.init, metas, inner_loss, outer_loss, score)
 
 
-@dataclasses.dataclass(frozen=True)
-class MetaConfig:
-  n_models: int  # N_models
-  lifetime: int  # inner updates between two re-initialisations of a member
-  mode: str = "mixed"  # of differentiation, see inner_loop.unroll; "first_order" is the ablation
-  members_per_step: int | None = None  # draw so many members for each meta-step; None = all N
-
-
-class MetaState(NamedTuple):
-  """All that a run carries from one meta-step to the next. Axis N leads where so marked."""
-
-  eta: Any  # the rater's parameters
-  meta_opt: Any  # N: each member's own state of H
-  inner: inner_loop.InnerState  # N: theta and the state of Theta
-  age: jax.Array  # int32 [N]: inner updates since the member's initialisation
-  until_reset: jax.Array  # int32 [N]: inner updates left to it
-  skipped: jax.Array  # int32 [N]: meta-gradients that were not finite
-  step: jax.Array  # int32: k
-  key: jax.Array  # constant; every draw is a function of (key, k, i)
-  probe_scores: jax.Array  # [P]: scores of the probe batch at the end of the last call
-
-
-def init(key, eta, problem: Problem, inner_optimizer, meta_optimizer, config: MetaConfig, probe):
-  """The state before the first meta-step: eta as given, N freshly initialised inner models."""
-  N = config.n_models
-
-  def members(eta, ids):
-    def member(i):
-      inner = inner_loop.init(inner_optimizer, problem.init_inner(_key(key, 0, i)))
-      return inner, meta_optimizer.init(eta)
-
-    return jax.lax.map(member, ids), ()
-
-  (inner, meta_opt), _ = mesh.over_population(members)(eta, jnp.arange(N))
-  return MetaState(
-    eta=eta,
-    meta_opt=meta_opt,
-    inner=inner,
-    age=jnp.zeros(N, jnp.int32),
-    until_reset=config.lifetime - jnp.arange(N, dtype=jnp.int32) * config.lifetime // N,
-    skipped=jnp.zeros(N, jnp.int32),
-    step=jnp.zeros((), jnp.int32),
-    key=key,
-    probe_scores=problem.probe(eta, probe),
-  )
-
-
-def meta_steps(
-  state: MetaState,
-  inner_batches: Any,
-  outer_batches: Any,
-  probe: Any,
-  *,
-  problem: Problem,
-  inner_optimizer: optax.GradientTransformation,
-  meta_optimizer: optax.GradientTransformation,
-  config: MetaConfig,
-) -> tuple[MetaState, dict]:
-  """M meta-steps (the outer loop of Algorithm 1) and their diagnostics.
-
-  Args:
-    inner_batches: leading axes [M, m, T]; outer_batches: [M, m]; m = members_per_step or N.
-    probe: a fixed batch of P sequences.
-
-  Returns the new state and a dict of arrays [M] or [M, m], plus `score_autocorrelation`, a scalar:
-  the correlation of the probe's scores with those before the call (near 1 at convergence).
-  """
-  one = functools.partial(
-    meta_step,
-    problem=problem,
-    inner_optimizer=inner_optimizer,
-    meta_optimizer=meta_optimizer,
-    config=config,
-  )
-  previous = state.probe_scores
-  state, metrics = jax.lax.scan(lambda s, x: one(s, *x), state, (inner_batches, outer_batches))
-  scores = problem.probe(state.eta, probe)
-  metrics["score_autocorrelation"] = _correlation(previous, scores)
-  return state._replace(probe_scores=scores), metrics
-
-
-def meta_step(
-  state: MetaState,
-  inner_batches: Any,
-  outer_batches: Any,
-  *,
-  problem: Problem,
-  inner_optimizer: optax.GradientTransformation,
-  meta_optimizer: optax.GradientTransformation,
-  config: MetaConfig,
-) -> tuple[MetaState, dict]:
-  """One meta-step: inner_batches [m, T, ...], outer_batches [m, ...] -> (state, diagnostics)."""
-  N = config.n_models
-  m = config.members_per_step or N
-  members = jnp.arange(N)
-  if m < N:
-    members = jax.random.permutation(_key(state.key, state.step, N), N)[:m]
-
-  def member_step(eta, carry, x):
-    i, inner_batch, outer_batch = x
-    place = mesh.place_of_member(i, N)
-    inner, meta_opt, age, until_reset, skipped = jax.tree.map(lambda a: a[place], carry)
-    T = len(jax.tree.leaves(inner_batch)[0])
-
-    g, inner, metrics = meta_gradient(
-      eta, inner, inner_batch, outer_batch, problem, inner_optimizer, config.mode
-    )
-    finite = jnp.isfinite(optax.tree.norm(g)) & jnp.isfinite(metrics["outer_loss"])
-    updates, new_meta_opt = meta_optimizer.update(g, meta_opt, eta)
-    updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
-    meta_opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_meta_opt, meta_opt)
-
-    age, until_reset = age + T, until_reset - T
-    metrics |= {
-      "meta_gradient_norm": optax.tree.norm(g),
-      "meta_update_norm": optax.tree.norm(updates),
-      "age": age,
-      "skipped": ~finite,
-    }
-    # A member that diverged would stay so: it starts anew as well.
-    reset = (until_reset <= 0) | ~jnp.isfinite(optax.tree.norm(inner.params))
-    inner = jax.lax.cond(
-      reset,
-      lambda: inner_loop.init(
-        inner_optimizer, problem.init_inner(_key(state.key, state.step + 1, i))
-      ),
-      lambda: inner,
-    )
-    age = jnp.where(reset, 0, age)
-    until_reset = jnp.where(reset, config.lifetime, until_reset)
-    new = (inner, meta_opt, age, until_reset, skipped + ~finite)
-    carry = jax.tree.map(lambda a, b: a.at[place].set(b), carry, new)
-    return carry, (updates, finite, metrics)
-
-  def in_turn(eta, carry, *x):
-    def step(carry, x):
-      members, total, used = carry
-      members, (updates, finite, metrics) = member_step(eta, members, x)
-      return (members, jax.tree.map(jnp.add, total, updates), used + finite), metrics
-
-    # One member after the other, in place: batching one over the other makes every product a
-    # batched one (slow on CPUs) and holds all members' activations at a time.
-    zero = jax.tree.map(jnp.zeros_like, eta)
-    (carry, total, used), metrics = jax.lax.scan(step, (carry, zero, 0), x)
-    return (carry, metrics), (total, used)
-
-  carry = (state.inner, state.meta_opt, state.age, state.until_reset, state.skipped)
-  (carry, metrics), (total, used) = mesh.over_population(in_turn)(
-    state.eta, carry, members, inner_batches, outer_batches
-  )
-  # mean_i etabar^i = eta + mean_i of the updates, over the members whose gradient was finite.
-  eta = jax.tree.map(lambda e, u: e + u / jnp.maximum(used, 1), state.eta, total)
-  inner, meta_opt, age, until_reset, skipped = carry
-  state = state._replace(
-    eta=eta,
-    meta_opt=meta_opt,
-    inner=inner,
-    age=age,
-    until_reset=until_reset,
-    skipped=skipped,
-    step=state.step + 1,
-  )
-  return state, metrics | {"member": members}
-
-
-def meta_gradient(eta, inner, inner_batch, outer_batch, problem, inner_optimizer, mode):
-  """g = d L(outer batch; theta_T(eta)) / d eta for one member, lines 5 to 9 of Algorithm 1.
-
-  The scores do not depend on theta: they are formed once, before the inner loop, and the
-  second-order part only ever hands back the cotangent of the weights.
-
-  Returns (g, the member's state after T updates, diagnostics).
-  """
-  metas, pull_back, diagnostics = jax.vjp(
-    lambda eta: problem.metas(eta, inner_batch), eta, has_aux=True
-  )
-
-  outer_loss, d_metas, inner, inner_losses = inner_loop.window_gradient(
-    lambda theta: problem.outer_loss(theta, outer_batch),
-    problem.inner_loss,
-    inner_optimizer,
-    inner,
-    metas,
-    inner_batch,
-    mode,
-  )
-  (g,) = pull_back(d_metas)
-  return g, inner, diagnostics | {"outer_loss": outer_loss, "inner_loss": inner_losses}
-
-
-def paper_meta_optimizer(learning_rate=1e-3, warmup=100, weight_decay=0.1, clip=0.01, eps=1e-8):
-  """H: Adam with decoupled weight decay, linear warm-up, global-norm clip, as the paper sets them.
+def paper_meta_optimizer(
+  learning_rate: float = 1e-3,
+  warmup: int = 100,
+  weight_decay: float = 0.1,
+  clip: float = 0.01,
+  eps: float = 1e-8,
+) -> optax.GradientTransformation:
+  """H: Adam with decoupled weight decay, linear warm-up and global-norm clip, set as in the paper.
 
   The learning rate is ours: the paper does not state it.
   """
@@ -292,7 +296,13 @@ def paper_meta_optimizer(learning_rate=1e-3, warmup=100, weight_decay=0.1, clip=
   )
 
 
-def inner_adamw(learning_rate=1e-3, warmup=0, weight_decay=0.0, b2=0.99, eps_root=1e-12):
+def inner_adamw(
+  learning_rate: float = 1e-3,
+  warmup: int = 0,
+  weight_decay: float = 0.0,
+  b2: float = 0.99,
+  eps_root: float = 1e-12,
+) -> optax.GradientTransformation:
   """Theta: differentiable AdamW.
 
   sqrt(v) has an infinite slope at v = 0, where a parameter never saw a gradient: `eps_root` under

@@ -1,27 +1,109 @@
-"""Which sequences a language model trains on: the policies that the paper compares, and their cost.
+"""What a trained rater keeps: the paper's two forms of filtering, and the policies compared.
 
-For a batch of N and a discard fraction rho each policy but `none` draws a pool of N / (1 - rho)
-sequences and keeps N of them (batch-level top-K, section 1.6 of the paper):
+  keep the best of a batch   `top_k_mask`                 batch-level filtering (section 1.6)
+  P_accept(x)                `acceptance_probability`     its point-wise equivalent
+  a pool of N / (1 - rho)    `pool_size`, `select`        the batch that a policy trains on
 
-  none         the pool is the batch
-  random       any N
-  datarater    the N with the highest scores phi_eta
-  pplx_bottom, pplx_middle, pplx_top
-               the N with the lowest, the middle, the highest perplexity under a scorer LM
-
-Axes: M sequences of a pool.
+Axes: n documents, B sequences of an oversampled batch, M sequences of a pool.
 """
 
-from collections.abc import Sequence
+import hashlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 PERPLEXITY = ("pplx_bottom", "pplx_middle", "pplx_top")
 POLICIES = ("none", "random", "datarater", *PERPLEXITY)
 
 
+def top_k_mask(scores: jax.typing.ArrayLike, discard: float) -> jax.Array:
+  """True for the best K = round((1 - discard) * B) of scores [..., B]; ties go to the earlier.
+
+  Raises:
+    ValueError: unless 0 <= discard < 1 and K >= 1.
+  """
+  scores = jnp.asarray(scores)
+  batch = scores.shape[-1]
+  keep = round((1 - discard) * batch)
+  if not 0 <= discard < 1 or keep < 1:
+    raise ValueError(
+      f"discard={discard} of a batch of {batch} keeps {keep} sequences; "
+      "it must be in [0, 1) and keep at least one"
+    )
+  rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+  return rank < keep
+
+
+def acceptance_probability(
+  p: np.typing.ArrayLike, batch_size: np.typing.ArrayLike, keep: np.typing.ArrayLike
+) -> np.ndarray:
+  """Probability that batch-level top-K keeps a sequence whose score has the quantile p = F(phi(x)):
+
+    P_accept = sum_{s=0}^{K-1} C(B-1, s) (1-p)^s p^(B-1-s) = I_p(B - K, K),
+
+  since at most K - 1 of the other B - 1 may beat it: a regularized incomplete beta function.
+
+  Args (which broadcast):
+    p: quantiles in [0, 1]; batch_size: B, the oversampled batch; keep: K, 1 <= K <= B.
+
+  Returns: float64.
+  """
+  p, B, K = np.broadcast_arrays(np.asarray(p, np.float64), batch_size, keep)
+  return np.where(K >= B, 1.0, scipy.special.betainc(np.maximum(B - K, 1), K, p))
+
+
+def coin(seed: int, text: str) -> float:
+  """Uniform in [0, 1): a hash of (seed, text), the same on every machine."""
+  key = seed.to_bytes(8, "little", signed=True)
+  digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=key, digest_size=8).digest()
+  return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def quantiles(scores: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+  """F(score) [n] float32: the share of the `ordered` scores that are <= each; ties are equal."""
+  return (np.searchsorted(ordered, scores, side="right") / len(ordered)).astype(np.float32)
+
+
+def pointwise(
+  quantiles: np.ndarray, coins: np.ndarray, batch_size: int, discard: float
+) -> np.ndarray:
+  """Keeps a document [n] bool where its coin lies below P_accept of its quantile."""
+  return coins < acceptance_probability(quantiles, batch_size, round((1 - discard) * batch_size))
+
+
+def top_k(scores: np.ndarray, batch_size: int, discard: float, seed: int) -> np.ndarray:
+  """Batch-level selection [n] bool.
+
+  Permutes the documents (by seed and n alone), cuts them into batches of B and keeps the best
+  round((1 - discard) B) of each; ties go to the earlier in that order. The last batch may be
+  smaller, and keeps the same share of its size, rounded.
+  """
+  order = np.random.default_rng(seed).permutation(len(scores))
+  full = len(scores) // batch_size * batch_size
+  keep = np.zeros(len(scores), bool)
+  for start in range(0, full, 4096 * batch_size):
+    part = order[start : min(start + 4096 * batch_size, full)]
+    mask = top_k_mask(scores[part].reshape(-1, batch_size), discard)
+    keep[part] = np.asarray(mask).reshape(-1)
+  rest = order[full:]
+  if round((1 - discard) * len(rest)) > 0:
+    keep[rest] = np.asarray(top_k_mask(scores[rest], discard))
+  return keep
+
+
+# Policies of the comparison: which sequences of a pool a language model trains on.
+#
+#   none         the pool is the batch
+#   random       any N
+#   datarater    the N with the highest scores phi_eta
+#   pplx_bottom, pplx_middle, pplx_top
+#                the N with the lowest, the middle, the highest perplexity under a scorer LM
+
+
 def pool_size(policy: str, batch: int, discard: float) -> int:
-  """M = N / (1 - rho), rounded."""
+  """M = N / (1 - rho), rounded; N for `none`."""
   return batch if policy == "none" else max(batch, round(batch / (1 - discard)))
 
 
@@ -41,34 +123,3 @@ def select(policy: str, values_M: np.ndarray, keep: int, rng: np.random.Generato
     )
     first = (M - keep) // 2 if policy == "pplx_middle" else 0
   return np.sort(order[first : first + keep])
-
-
-def compute_fraction(
-  steps: Sequence[float],
-  values: Sequence[float],
-  baseline_steps: float,
-  baseline_final: float,
-  overhead: float = 0.0,
-  higher_is_better: bool = False,
-) -> float | None:
-  """The share of the baseline's compute that matches its final value (the paper's Fig. 1):
-
-    s * (1 + overhead), s = steps at which the curve first reaches `baseline_final` / its steps,
-
-  linear between evaluations. None where the curve never reaches it.
-  """
-  sign = -1 if higher_is_better else 1
-  gaps = [sign * (value - baseline_final) for value in values]
-  for i, gap in enumerate(gaps):
-    if gap <= 0:
-      reached = steps[i]
-      if i > 0:
-        reached -= (steps[i] - steps[i - 1]) * gap / (gap - gaps[i - 1])
-      return reached / baseline_steps * (1 + overhead)
-  return None
-
-
-def rating_overhead(scorer_parameters: int, lm_parameters: int, discard: float) -> float:
-  """FLOPs of rating the oversampled batch over those of a training step on what is kept:
-  2 N_rater / (1 - rho) a kept token over 6 N_lm."""
-  return 2 * scorer_parameters / (1 - discard) / (6 * lm_parameters)

@@ -1,8 +1,8 @@
 """A Chinchilla-style transformer in Haiku: pre-RMSNorm, RoPE, GELU MLP, tied embeddings.
 
-Causal, it is the inner language model theta; not causal, it is the body of the DataRater. Sequences
-are packed: `segments` numbers the documents of a sequence from 1 (0 = padding), attention never
-leaves a document and positions restart in each.
+With causal attention it is the inner language model theta; without, the body of the DataRater.
+Sequences are packed: `segments` numbers the documents of a sequence from 1 (0 = padding). Attention
+stays within a document, and positions restart in each.
 
 Axes: B sequences, S tokens, D model width, H heads, K head width, Q queries of one block,
 V vocabulary.
@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import mesh
 from kernels import attention as attention_kernels
 from kernels import score_weighted_loss
+from runtime import sharding
 
 
 class Batch(NamedTuple):
@@ -41,22 +41,22 @@ class TransformerConfig:
   head_dim: int
   d_ff: int
   dtype: str = "float32"  # of activations and matmul inputs; parameters and reductions are float32
-  remat: str = "none"  # what a block forms again in the backward pass: a name in REMAT
+  remat: str = "none"  # what a block recomputes in the backward pass: a name in REMAT
   scan_layers: bool = False  # one compiled block for all layers; unrolled is faster if shallow
   attention_backend: str = "xla"  # a name in ATTENTION
-  query_block: int = 256  # of "xla": scores are formed for this many queries at a time
+  query_block: int = 256  # of "xla": queries whose scores are computed at a time
 
 
-REMAT = {  # names -> a wrapper of a block
+REMAT = {  # name -> wrapper of a block
   "none": lambda block: block,
-  "products": partial(  # keeps its input and its products with weights
+  "products": partial(  # keeps its input and its matmuls with weights
     hk.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   ),
   "block": hk.remat,  # keeps its input
 }
 
-# The shapes of Chinchilla's table A9; its counts are met with 32,000 tied embeddings (a test holds
-# that), 1B by 944M. `nano` to `small` are for CPUs.
+# The shapes of Chinchilla's table A9. With 32,000 tied embeddings they have its parameter counts (a
+# test checks), except 1b, which has 944M. `nano` to `small` are for CPUs.
 PRESETS = {
   name: dict(d_model=d, n_layers=layers, n_heads=heads, head_dim=k, d_ff=4 * d)
   for name, (d, layers, heads, k) in {
@@ -73,7 +73,7 @@ PRESETS = {
 
 
 def preset(name: str, vocab_size: int, **overrides) -> TransformerConfig:
-  """The named shape; from 50m on with scanned, rematerialised blocks, for accelerators."""
+  """The named shape; from 50m on with scanned, rematerialized blocks, for accelerators."""
   if name not in PRESETS:
     raise ValueError(f"unknown model preset {name!r}; choose one of {', '.join(PRESETS)}")
   deep = PRESETS[name]["n_layers"] > 4
@@ -98,11 +98,12 @@ class Transformer(hk.Module):
       init=hk.initializers.RandomNormal(c.d_model**-0.5),
     )
     # Unit-scale inputs from embeddings that also give unit-scale logits.
-    x_BSD = (mesh.lookup(embedding_VD, tokens) * math.sqrt(c.d_model)).astype(c.dtype)
+    x_BSD = (sharding.lookup(embedding_VD, tokens) * math.sqrt(c.d_model)).astype(c.dtype)
     rotation = rope_table(restarting_positions(segments), c.head_dim, _wide(x_BSD))
 
     def block(x_BSD):
-      return Block(c, self.causal, name="block")(mesh.over_data(x_BSD), segments, rotation)
+      x_BSD = sharding.constrain_batch(x_BSD)
+      return Block(c, self.causal, name="block")(x_BSD, segments, rotation)
 
     block = REMAT[c.remat](block)
     if c.scan_layers:
@@ -110,7 +111,7 @@ class Transformer(hk.Module):
     else:
       for _ in range(c.n_layers):
         x_BSD = block(x_BSD)
-    return rms_norm(mesh.over_data(x_BSD), "final_norm"), embedding_VD
+    return rms_norm(sharding.constrain_batch(x_BSD), "final_norm"), embedding_VD
 
 
 class Block(hk.Module):
@@ -145,14 +146,14 @@ def attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, config: TransformerConfig, ca
     )
   kernel = partial(attention_kernels.attention, causal=causal, backend=config.attention_backend)
   heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BSHK, v_BSHK)]
-  return jnp.swapaxes(mesh.by_sequence(kernel)(*heads_first, segments_BS), 1, 2)
+  return jnp.swapaxes(sharding.by_sequence(kernel)(*heads_first, segments_BS), 1, 2)
 
 
 def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, query_block: int):
   """softmax(q k^T) v within each document: [B, S, H, K], q scaled already.
 
-  Queries are taken a block at a time, each rematerialised, so no [B, H, S, S] array exists at any
-  order of differentiation; a causal block reads only the keys up to its last query.
+  Works on one block of queries at a time, rematerialized, so no [B, H, S, S] array exists at any
+  order of differentiation. A causal block reads only the keys up to its last query.
   """
   S = q_BSHK.shape[1]
 
@@ -189,8 +190,8 @@ def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, qu
 def linear(x, output_size: int, name: str, init_scale: float = 1.0):
   """x @ w, w [input, output] ~ N(0, init_scale^2 / input).
 
-  Activations are flattened to [tokens, input] first: the transpose of a 3-D product lowers to a dot
-  that is half as fast on CPUs.
+  Activations are flattened to [tokens, input] first: the transpose of a 3-D matmul is half as fast
+  on CPUs.
   """
   init = hk.initializers.RandomNormal(init_scale * x.shape[-1] ** -0.5)
   w = hk.get_parameter(name, [x.shape[-1], output_size], init=init)
@@ -214,7 +215,7 @@ def restarting_positions(segments_BS: jax.Array) -> jax.Array:
 def rope_table(positions_BS: jax.Array, head_dim: int, dtype) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) [B, S, K / 2] of rotary position embeddings, base 10,000.
 
-  Looked up in constants: XLA would form sines of positions again in each layer and head.
+  Looked up in constants: XLA would recompute sines of positions in each layer and head.
   """
   S = positions_BS.shape[-1]
   angles = np.arange(S)[:, None] * 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -244,13 +245,13 @@ def language_model(
 ) -> LanguageModel:
   """A causal transformer with the weighted next-token loss
 
-    loss(params, weights_B, batch) = sum_i weights_B[i] * l_i, and the l_i [B] beside it,
+    loss(params, weights_B, batch) -> (sum_i weights_B[i] * l_i, l_B)
 
-  where l_i is the mean over sequence i of -log P(next token of the same document | those before),
+  where l_i is the mean over sequence i of -log P(next token of the same document | earlier tokens),
   0 for a sequence with nothing to predict. Weights that sum to 1 give the paper's weighted
-  gradient, weights of 1 / B the plain mean. The l_i are for reading: no gradient flows out of them.
+  gradient, weights of 1 / B the plain mean. No gradient flows out of l_B.
 
-  microbatches: parts of a batch that are formed one after the other, see `accumulate`.
+  microbatches: parts of a batch that are computed in turn, see `accumulate`.
   """
   forward = hk.without_apply_rng(
     hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
@@ -259,7 +260,7 @@ def language_model(
   def init(key):
     return forward.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2)
 
-  score_weighted = mesh.loss_over_data(partial(score_weighted_loss, backend=loss_backend))
+  score_weighted = sharding.shard_loss(partial(score_weighted_loss, backend=loss_backend))
 
   def loss(params, weights_B, batch):
     hidden_BSD, unembedding_VD = forward.apply(params, *batch)
@@ -279,11 +280,11 @@ def language_model(
 
 
 def accumulate(loss: Callable, microbatches: int) -> Callable:
-  """The loss of `language_model` by parts of the batch: the same values and derivatives, exactly,
-  since the weights are given and the loss is a sum. Activations are one part's.
+  """The loss of `language_model` over microbatches, with the activations of one at a time. Values
+  and derivatives are exactly those of the whole batch: the weights are given, the loss is a sum.
 
-  Gradients are formed and added up where the weights are known already, in the forward pass, and
-  so are their tangents in a Hessian-vector product: no part is formed twice.
+  Gradients are computed and summed in the forward pass, where the weights are known already, and
+  so are their tangents in a Hessian-vector product: no microbatch is computed twice.
   """
   if microbatches == 1:
     return loss
@@ -295,7 +296,7 @@ def accumulate(loss: Callable, microbatches: int) -> Callable:
     return totals.sum(), merge_batch(nll)
 
   def forward(params, weights_B, batch):
-    # A reverse pass over this scan then saves no part's activations.
+    # With the checkpoint, a reverse pass over this scan saves no activations.
     @partial(jax.checkpoint, prevent_cse=False)
     def add_part(of_params, part):
       (total, nll), (more, of_weights) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
@@ -309,7 +310,7 @@ def accumulate(loss: Callable, microbatches: int) -> Callable:
     return (totals.sum(), merge_batch(nll)), (of_params, merge_batch(of_weights))
 
   def backward(grads, cotangents):
-    of_total, _ = cotangents  # the l_i carry none
+    of_total, _ = cotangents  # l_B has no gradient
     return *jax.tree.map(lambda g: of_total * g, grads), None
 
   whole.defvjp(forward, backward)
@@ -317,8 +318,8 @@ def accumulate(loss: Callable, microbatches: int) -> Callable:
 
 
 def split_batch(batch: Any, parts: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...], the part j of the sequences j, j + parts, ...: those of a
-  device that holds neighbours are spread over all parts."""
+  """[B, ...] -> [parts, B / parts, ...]: part j takes sequences j, j + parts, ..., so each draws
+  equally from every device's contiguous shard."""
   return jax.tree.map(
     lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
   )
@@ -330,7 +331,7 @@ def merge_batch(parts: jax.Array) -> jax.Array:
 
 
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """(targets, counted) [B, S]: counted is False where no next token of the same document is."""
+  """(targets, counted) [B, S]: counted is False where the document has no next token."""
   targets_BS = jnp.roll(batch.tokens, -1, axis=-1)
   counted_BS = (batch.segments == jnp.roll(batch.segments, -1, axis=-1)) & (batch.segments > 0)
   return targets_BS, counted_BS.at[..., -1].set(False)

@@ -1,8 +1,8 @@
 """One table of attention: backends x orders x head widths, on the device here or compiled.
 
-  python benchmarks/attention.py                  # time and memory; on a GPU under 8 minutes
-  python benchmarks/attention.py --target=h100    # compile only, for a device that is not here
-  python benchmarks/attention.py --heads=10x128 --batch=8 --seq=4096 --backends=xla,pallas_gpu
+  python -m benchmarks.attention                  # time and memory; on a GPU under 8 minutes
+  python -m benchmarks.attention --target=h100    # compile only, for a device that is not here
+  python -m benchmarks.attention --heads=10x128 --batch=8 --seq=4096 --backends=xla,pallas_gpu
 
 Orders: value; gradient by queries, keys and values; product = jax.jvp of that gradient (forward
 over reverse), the gradient itself not read. `TFLOP` are the products that a backend forms. `moved`
@@ -13,19 +13,13 @@ Axes: B sequences, H heads, S tokens, K head width.
 """
 
 import argparse
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
 import jax.numpy as jnp
 
-import flops
-import hlo
-import targets
 import transformer
 from benchmarks import loss
+from planner import flops, hlo, targets
 
 
 def main():

@@ -1,23 +1,19 @@
 """Throughput of scoring: curate.py's buckets and read-ahead against the plain loop, side by side.
 
-  python benchmarks/curate.py --rater=runs/demo
+  python -m benchmarks.curate --rater=runs/demo
 
 Two corpora from the demo's: its documents, and its lines as documents of their own (short ones).
-plain is train.score_documents: batches of 64 padded to S, tokenised between two batches. bucketed
-is what curate.py runs: four lengths, tokens of a batch constant, a thread that tokenises ahead.
-Both score the same documents, in turn; the first round compiles and is not timed. The last columns
-are the host's part alone (JSON, tokens, batches, coins) and the device's alone, in seconds a round.
+`plain` takes batches of 64 padded to S. `bucketed` is what curate.py runs: four lengths, batches of
+a constant number of tokens, a thread that tokenizes ahead. Both score the same documents, in turn;
+the first round compiles and is not timed. The last columns are the time of the host alone (JSON,
+tokens, batches, coins) and of the device alone, in seconds per round.
 """
 
 import json
-import os
 import statistics
-import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-import cpu
+from runtime import cpu
 
 cpu.keep_freed_memory()
 
@@ -25,11 +21,11 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-import curate
-import data
-import demo_corpus
-import scoring
-import train
+import rating
+import selection
+from corpus import demo
+from corpus.batches import cut
+from curation.local import ahead
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("rater", "runs/demo", "workdir of train.py")
@@ -39,7 +35,7 @@ flags.DEFINE_integer("rounds", 3, "timed rounds; the median counts")
 
 def main(_):
   logging.set_verbosity(logging.WARNING)
-  rater = train.open_rater(FLAGS.rater)
+  rater = rating.open_rater(FLAGS.rater)
   S = rater.config.sequence_length
   print(f"rater {rater.config.rater}, S = {S}, {jax.devices()[0].device_kind}")
   print(
@@ -49,28 +45,32 @@ def main(_):
     compare(name, [json.dumps({"text": text}) for text in texts], rater)
 
 
-def compare(name: str, lines: list[str], rater: train.TrainedRater) -> None:
+def compare(name: str, lines: list[str], rater: rating.TrainedRater) -> None:
   S, tokenizer = rater.config.sequence_length, rater.tokenizer
   quarter = -(-len(lines) // 4)
   shards = [lines[i : i + quarter] for i in range(0, len(lines), quarter)]
 
   def prepare(shard):
     texts = [json.loads(line)["text"] for line in shard]
-    coins = [scoring.coin(0, text) for text in texts]
-    return scoring.batches(texts, tokenizer, S, 64), coins
+    coins = [selection.coin(0, text) for text in texts]
+    return rating.make_rows(texts, tokenizer, S, 64), coins
 
   def bucketed(prepared):
-    return np.concatenate([scoring.score(rater, rows, len(coins)) for rows, coins in prepared])
+    scores = [rating.score_rows(rater.score, rows, len(coins)) for rows, coins in prepared]
+    return np.concatenate(scores)
 
   def plain():
-    documents = [data.Document(json.loads(line)["text"], "", "") for line in lines]
-    return train.score_documents(rater.score, rater.eta, documents, tokenizer, rater.config)
+    encoded = tokenizer.encode([json.loads(line)["text"] for line in lines])
+    pieces = [(i, piece) for i, tokens in enumerate(encoded) for piece in cut(tokens, S)]
+    parts = [pieces[i : i + 64] for i in range(0, len(pieces), 64)]
+    rows = [rating.pad_pieces(part, 64, S, tokenizer.pad) for part in parts]
+    return rating.score_rows(rater.score, rows, len(lines))
 
   ready = [prepare(shard) for shard in shards]
   tokens = sum(int(x.tokens.sum()) for rows, _ in ready for x in rows)
   loops = {
     "plain": plain,
-    "bucketed": lambda: bucketed(curate.ahead(map(prepare, shards))),
+    "bucketed": lambda: bucketed(ahead(map(prepare, shards))),
     "host": lambda: list(map(prepare, shards)),
     "device": lambda: bucketed(ready),
   }
@@ -89,7 +89,7 @@ def compare(name: str, lines: list[str], rater: train.TrainedRater) -> None:
 
 
 def corpora(count):
-  with open(demo_corpus.build(), encoding="utf-8") as file:
+  with open(demo.build(), encoding="utf-8") as file:
     texts = [json.loads(line)["text"] for line in file]
   texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
   yield "documents", texts[:count]

@@ -1,8 +1,8 @@
 """One table of the score-weighted loss: backends x orders x sizes, on the device here or compiled.
 
-  python benchmarks/loss.py                  # time, memory, matmul units; on a GPU under 8 minutes
-  python benchmarks/loss.py --target=h100    # compile only, for a device that this machine has not
-  python benchmarks/loss.py --sizes=16384x1280x32000 --backends=xla,pallas_gpu
+  python -m benchmarks.loss                  # time, memory, matmul units; on a GPU under 8 minutes
+  python -m benchmarks.loss --target=h100    # compile only, for a device that this machine has not
+  python -m benchmarks.loss --sizes=16384x1280x32000 --backends=xla,pallas_gpu
 
 Orders: value; gradient by hidden, unembedding and weights; product = jax.jvp of that gradient along
 all three (forward over reverse), the gradient itself not read. `units` counts matmul FLOPs in
@@ -18,19 +18,15 @@ Axes: N tokens, D model width, V vocabulary.
 import argparse
 import importlib.util
 import math
-import os
 import statistics
-import sys
 import time
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-import targets
 from kernels import pallas_gpu, pallas_tpu, score_weighted_loss
+from planner import targets
 
 MINIMUM = {"value": 1, "gradient": 3, "product": 7}
 SIZES = {

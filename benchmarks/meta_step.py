@@ -1,8 +1,8 @@
 """Time, compiled size and FLOPs of one DataRater meta-step on whatever device runs it.
 
-  python benchmarks/meta_step.py                       # T 2 and 8, every mode, a small model
-  python benchmarks/meta_step.py --T=2 --mode=mixed --repeats=9
-  python benchmarks/meta_step.py --model=150m --rater=50m --dtype=bfloat16 --vocab=32000 \\
+  python -m benchmarks.meta_step                       # T 2 and 8, every mode, a small model
+  python -m benchmarks.meta_step --T=2 --mode=mixed --repeats=9
+  python -m benchmarks.meta_step --model=150m --rater=50m --dtype=bfloat16 --vocab=32000 \\
     --seq=2048 --T=2 --mode=mixed,mixed_offload --remat=block,products \\
     --attention_backend=pallas_gpu                                      # one accelerator
 
@@ -13,14 +13,10 @@ the machine does.
 """
 
 import itertools
-import os
 import statistics
-import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-import cpu
+from runtime import cpu
 
 cpu.keep_freed_memory()
 
@@ -28,12 +24,11 @@ import jax
 from absl import app, flags
 
 import datarater
-import flops
 import inner_loop
 import kernels
 import meta_step
-import targets
 import transformer
+from planner import flops, targets
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("T", ["2", "8"], "inner steps of the window")
@@ -45,9 +40,9 @@ flags.DEFINE_string("rater", None, "the same of the rater; default the model's")
 flags.DEFINE_integer("layers", 4, "layers of the inner model and of the rater")
 flags.DEFINE_integer("d", 256, "model width; heads are 64 wide")
 flags.DEFINE_integer("vocab", 512, "vocabulary")
-flags.DEFINE_integer("seq", 128, "tokens a sequence")
+flags.DEFINE_integer("seq", 128, "tokens per sequence")
 flags.DEFINE_integer("batch", 8, "sequences of an inner and of an outer batch")
-flags.DEFINE_integer("microbatches", 1, "parts that a batch is formed in")
+flags.DEFINE_integer("microbatches", 1, "microbatches of a batch")
 flags.DEFINE_integer("repeats", 7, "timed meta-steps")
 flags.DEFINE_string("dtype", "float32", "of activations and matmul inputs")
 flags.DEFINE_enum("loss_backend", "xla", list(kernels.BACKENDS), "of the fused loss")
@@ -107,20 +102,22 @@ def measure(
   """(seconds of each repeat, bytes of temporary memory, the last outer loss)."""
   remat, rater = model.remat != "none", datarater.rater(rater)
   model = transformer.language_model(model, FLAGS.loss_backend, FLAGS.microbatches)
-  how = dict(
+  algorithm = meta_step.Algorithm(
     problem=meta_step.datarater_problem(model, rater, remat, FLAGS.microbatches),
     inner_optimizer=meta_step.inner_adamw(),
     meta_optimizer=meta_step.paper_meta_optimizer(),
-    config=meta_step.MetaConfig(n_models=members, lifetime=10**6, mode=mode),
+    n_models=members,
+    lifetime=10**6,
+    mode=mode,
   )
   key = jax.random.key(0)
   tokens = jax.random.randint(key, (members, T + 1, FLAGS.batch, FLAGS.seq), 0, FLAGS.vocab)
   batches = transformer.Batch(tokens, tokens * 0 + 1)
   of_window = jax.tree.map(lambda x: x[:, :T], batches), jax.tree.map(lambda x: x[:, T], batches)
   probe = jax.tree.map(lambda x: x[0, 0], batches)
-  init = jax.jit(lambda key, probe: meta_step.init(key, rater.init(key), probe=probe, **how))
+  init = jax.jit(lambda key, probe: meta_step.init(algorithm, key, rater.init(key), probe))
   state = init(key, probe)
-  step = jax.jit(lambda state, *x: meta_step.meta_step(state, *x, **how), donate_argnums=0)
+  step = jax.jit(lambda state, *x: meta_step.meta_step(algorithm, state, *x), donate_argnums=0)
   step = step.lower(state, *of_window).compile()
   seconds = []
   for _ in range(FLAGS.repeats + 1):

@@ -1,4 +1,4 @@
-"""What all examples share: path, flags, seeds, training, one figure and one line of result."""
+"""What all examples share: flags, seeds, training, one figure and one line of result."""
 
 import dataclasses
 import sys
@@ -6,31 +6,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# First of all imports of an example, so that `python examples/NAME.py` runs from a clone.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-import cli
 import inner_loop
-import report
-from cli import check, option
+from runtime import cli
+from runtime.cli import check, option
+from runtime.files import save_figure
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  seed: int = option(0, "the first of the seeds")
+  seed: int = option(0, "the first of the seeds", section="The example")
   seeds: int = option(5, "runs, for the spread")
   figure: str = option(f"runs/{Path(sys.argv[0]).stem}.png", "file of the figure")
 
 
 def start(main: Callable[[Any], Any], config_class: type[Config]) -> None:
-  cli.define_flags(config_class)
-  cli.run(lambda: main(cli.config_from_flags(config_class)))
+  cli.run(lambda: main(cli.read(config_class)), config_class)
 
 
 def seeds(config: Config) -> range:
@@ -38,7 +34,7 @@ def seeds(config: Config) -> range:
 
 
 def calls(meta_steps: int, call: int) -> range:
-  """One for each compiled call of so many meta-steps."""
+  """A range over compiled calls of `call` meta-steps each."""
   check(meta_steps % call == 0, f"--meta_steps={meta_steps} is not a multiple of {call}")
   return range(meta_steps // call)
 
@@ -49,7 +45,7 @@ def repeat(tree: Any, T: int) -> Any:
 
 
 def train(loss, optimizer: optax.GradientTransformation, theta: Any, metas: Any, batches: Any):
-  """theta after an update on each of the batches: `inner_loop.unroll` from a fresh optimiser."""
+  """theta after an update on each of the batches: `inner_loop.unroll` from a fresh optimizer."""
   state = inner_loop.init(optimizer, theta)
   return inner_loop.unroll(loss, optimizer, state, metas, batches)[0].params
 
@@ -59,5 +55,5 @@ def spread(of_seeds: np.ndarray | jax.Array, digits: int = 3) -> str:
 
 
 def show(config: Config, figure: plt.Figure, line: str) -> None:
-  report.save_figure(config.figure, figure)
+  save_figure(config.figure, figure)
   print(f"{line} ({config.seeds} seeds)")

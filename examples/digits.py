@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import common  # noqa: F401 (the root on the path)
 import haiku as hk
 import jax
 import jax.numpy as jnp

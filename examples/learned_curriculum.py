@@ -8,7 +8,7 @@ but one, the target, and the outer loss is on the target: what should one read t
 Two language models are then trained from scratch on text drawn from the learned mixture and from
 all sources alike, and judged on validation documents of the target.
 
-  python examples/learned_curriculum.py     # 2 minutes on 2 cores, and one for the corpus at first
+  python -m examples.learned_curriculum     # 2 minutes on 2 cores, and one for the corpus at first
 
 Result, seeds 0 to 2, nats a byte on the encyclopedia: 2.445 ± 0.028 after training on the learned
 mixture (speeches 29%, debates_en 28%, debates_multilingual 10%), 2.568 ± 0.025 on all alike.
@@ -16,16 +16,15 @@ mixture (speeches 29%, debates_en 28%, debates_multilingual 10%), 2.568 ± 0.025
 
 import dataclasses
 
-import common
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import texts
 
 import meta_step
-from cli import check
 from datarater import batch_weights
+from examples import common, texts
+from runtime.cli import check
 from transformer import language_model
 
 N, T, B = 4, 2, 16  # inner models, inner steps, sequences of a batch
@@ -44,7 +43,7 @@ def mean_loss(theta, text):
   return model.loss(theta, jnp.full(B, 1 / B), text)[0]
 
 
-HOW = dict(
+ALGORITHM = meta_step.Algorithm(
   problem=meta_step.Problem(  # inner batches are (text, source), outer ones text
     init_inner=model.init,
     metas=lambda eta, drawn: (batch_weights(eta[drawn[1]]), {}),
@@ -54,16 +53,18 @@ HOW = dict(
   ),
   inner_optimizer=meta_step.inner_adamw(3e-3),
   meta_optimizer=meta_step.paper_meta_optimizer(0.1, warmup=5, weight_decay=0.0),
-  config=meta_step.MetaConfig(n_models=N, lifetime=100, mode="mixed_save"),
+  n_models=N,
+  lifetime=100,
+  mode="mixed_save",
 )
-meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
+meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 @jax.jit
 def train_and_judge(key, batches, test):
   """Losses on the test batches after an update on each of the others, without weights."""
   weights = jnp.full(batches.tokens.shape[:2], 1 / B)
-  theta = common.train(model.loss, HOW["inner_optimizer"], model.init(key), weights, batches)
+  theta = common.train(model.loss, ALGORITHM.inner_optimizer, model.init(key), weights, batches)
   return jax.lax.map(lambda text: mean_loss(theta, text), test)
 
 
@@ -74,11 +75,11 @@ def run(seed, config, corpus):
   target = corpus.sources.index(config.target)
   others = [i for i in range(len(corpus.sources)) if i != target]
   alike = dict.fromkeys(others, 1 / len(others))
-  state = meta_step.init(key, jnp.zeros(len(corpus.sources)), probe=None, **HOW)
+  state = meta_step.init(ALGORITHM, key, jnp.zeros(len(corpus.sources)), None)
   history = [state.eta]
   for _ in common.calls(config.meta_steps, CALL):
     inner, (outer, _) = draw("train", alike, CALL, N, T, B), draw("outer", {target: 1}, CALL, N, B)
-    state, _ = meta_steps(state, inner, outer, None)
+    state, _ = meta_steps(ALGORITHM, state, inner, outer, None)
     history.append(state.eta)
   history = [np.asarray(jax.nn.softmax(eta[np.array(others)]), float) for eta in history]
   learned = dict(zip(others, history[-1] / history[-1].sum(), strict=True))

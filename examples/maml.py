@@ -9,7 +9,7 @@ Nothing is weighted, so `metas` is None: the gradient that is taken is that of `
 with respect to its state. The rival is the same network trained on the mixture of all tasks, by as
 many updates on as many points, then given the same five steps at the rate that suits it best.
 
-  python examples/maml.py     # 100 s on 2 cores that others used too
+  python -m examples.maml     # 100 s on 2 cores that others used too
 
 Result, seeds 0 to 4, 500 new tasks each: loss 0.296 ± 0.016 after five steps, 2.560 ± 0.251 for the
 network of the mixture: 8.7 times lower, at least 7.4 (with 5,000 updates 0.168 ± 0.012, 15 times).
@@ -17,13 +17,14 @@ network of the mixture: 8.7 times lower, at least 7.4 (with 5,000 updates 0.168 
 
 import dataclasses
 
-import common
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+
+from examples import common
 
 T, K, QUERY = 5, 10, 50  # inner steps, points to adapt to, points to be judged on
 TASKS = 25  # of one outer update

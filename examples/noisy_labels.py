@@ -9,7 +9,7 @@ Then a classifier is trained anew on what a batch-level top-K of the scores keep
 test images beside three others: trained on everything, on the true labels (the best there is), and
 on the trusted images alone (what the rater had to learn from).
 
-  python examples/noisy_labels.py     # 40 s on 2 cores
+  python -m examples.noisy_labels     # 40 s on 2 cores
 
 Result, seeds 0 to 4: AUROC of true against flipped labels 0.959 ± 0.009; accuracy when trained on
 all labels 91.3 ± 2.0%, the rater's choice 95.0 ± 2.2%, the true labels 96.7 ± 0.7%, the 300 trusted
@@ -18,8 +18,6 @@ images alone 94.7 ± 2.1%: the rater's choice is no better than those within the
 
 import dataclasses
 
-import common
-import digits
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -27,6 +25,7 @@ import numpy as np
 
 import meta_step
 from datarater import top_k_mask
+from examples import common, digits
 
 N, T, B = 4, 2, 64  # inner models, inner steps, examples of an inner batch
 TRUSTED = 300  # images with trusted labels; an outer batch draws as many of them
@@ -48,20 +47,22 @@ def score(eta, images):
   return jnp.take_along_axis(scores, images.label[..., None], -1)[..., 0]
 
 
-HOW = dict(
+ALGORITHM = meta_step.Algorithm(
   problem=digits.weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(3e-3),
   meta_optimizer=meta_step.paper_meta_optimizer(1e-3, warmup=20),
-  config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
+  n_models=N,
+  lifetime=200,
+  mode="mixed_save",
 )
-meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
+meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 @jax.jit
 def train_classifier(key, weights, batches):
   """theta after UPDATES updates under the given weights [UPDATES, B]."""
   theta = digits.init_classifier(key)
-  return common.train(digits.weighted_loss, HOW["inner_optimizer"], theta, weights, batches)
+  return common.train(digits.weighted_loss, ALGORITHM.inner_optimizer, theta, weights, batches)
 
 
 def run(seed, config):
@@ -69,10 +70,10 @@ def run(seed, config):
   rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
   train, trusted, test = digits.split(rng, 1000, TRUSTED)
   (given, _), (held_out, flipped) = (digits.flip(rng, x, config.flipped) for x in (train, test))
-  state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
+  state = meta_step.init(ALGORITHM, key, rater.init(eta_key, jnp.zeros(64)), held_out)
   for _ in common.calls(config.meta_steps, CALL):
     batches = digits.draw(rng, given, CALL, N, T, B), digits.draw(rng, trusted, CALL, N, TRUSTED)
-    state, _ = meta_steps(state, *batches, held_out)
+    state, _ = meta_steps(ALGORITHM, state, *batches, held_out)
 
   accuracy = {}
   for name, images in {

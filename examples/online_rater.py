@@ -8,7 +8,7 @@ alone; this one reads the inner model's loss on it as well, at the step in which
 So the weights can't be formed before the inner loop: what the inner step gets as its `meta` is eta
 itself, and `inner_loss` forms them. The rival is the same network with the loss hidden from it.
 
-  python examples/online_rater.py     # half a minute on 2 cores
+  python -m examples.online_rater     # half a minute on 2 cores
 
 Result, seeds 0 to 4: AUROC of true against flipped labels of held-out examples 0.986 ± 0.007, of
 the rival 0.541 ± 0.026, after 600 meta-steps. (In noisy_labels.py a rater that does not see the
@@ -17,8 +17,6 @@ loss, but has a score for each label and 300 trusted images, not 200, reaches 0.
 
 import dataclasses
 
-import common
-import digits
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -26,6 +24,7 @@ import numpy as np
 
 import meta_step
 from datarater import batch_weights
+from examples import common, digits
 
 N, T, B = 4, 2, 64  # inner models, inner steps, examples of a batch
 CALL = 50  # meta-steps in one compiled call
@@ -46,13 +45,13 @@ def score(eta, images, losses_B):
   return rater.apply(eta, jnp.concatenate(features, -1))[..., 0]
 
 
-def how(sees_loss: bool):
+def algorithm(sees_loss: bool) -> meta_step.Algorithm:
   def inner_loss(theta, eta, images):
     losses_B = digits.losses(theta, images)
     seen_B = jax.lax.stop_gradient(losses_B) * sees_loss
     return batch_weights(score(eta, images, seen_B)) @ losses_B, losses_B.mean()
 
-  return dict(
+  return meta_step.Algorithm(
     problem=meta_step.Problem(
       init_inner=digits.init_classifier,
       metas=lambda eta, images: (common.repeat(eta, T), {}),
@@ -62,15 +61,15 @@ def how(sees_loss: bool):
     ),
     inner_optimizer=meta_step.inner_adamw(3e-3),
     meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=20),
-    config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
+    n_models=N,
+    lifetime=200,
+    mode="mixed_save",
   )
 
 
 KINDS = {"sees the loss": True, "does not": False}
-meta_steps = {
-  name: jax.jit(lambda *args, how=how(sees): meta_step.meta_steps(*args, **how))
-  for name, sees in KINDS.items()
-}
+ALGORITHMS = {name: algorithm(sees) for name, sees in KINDS.items()}
+meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 def run(seed, config, name):
@@ -79,11 +78,11 @@ def run(seed, config, name):
   train, trusted, test = digits.split(rng, 1000, 200)
   (given, _), (held_out, flipped) = (digits.flip(rng, x, config.flipped) for x in (train, test))
   eta = rater.init(eta_key, jnp.zeros(64 + 10 + 1))
-  state = meta_step.init(key, eta, probe=held_out, **how(KINDS[name]))
+  state = meta_step.init(ALGORITHMS[name], key, eta, held_out)
   for _ in common.calls(config.meta_steps, CALL):
     batches = digits.draw(rng, given, CALL, N, T, B), digits.draw(rng, trusted, CALL, N, B)
-    state, _ = meta_steps[name](state, *batches, held_out)
-  oldest = jax.tree.map(lambda x: x[state.age.argmax()], state.inner.params)
+    state, _ = meta_steps(ALGORITHMS[name], state, *batches, held_out)
+  oldest = jax.tree.map(lambda x: x[state.members.age.argmax()], state.members.inner.params)
   return score(state.eta, held_out, digits.losses(oldest, held_out) * KINDS[name]), flipped
 
 

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import common
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import data
-import demo_corpus
+from corpus import demo
+from corpus.batches import Corpus, Split, load_corpus
+from corpus.documents import DataConfig
+from examples import common
 from transformer import Batch, preset
 
 S = 64  # tokens of a sequence
@@ -22,17 +23,17 @@ SHAPE = preset("nano", vocab_size=258)
 class Config(common.Config):
   seeds: int = common.option(3, "runs, for the spread")
   data: tuple[str, ...] = common.option((), "as of train.py; default the demo's, without its noise")
-  cache_dir: str = common.option(".cache", "folder of the tokenised corpus")
+  cache_dir: str = common.option(".cache", "folder of the tokenized corpus")
 
 
-def load(config: Config) -> data.Corpus:
-  names = config.data or (str(demo_corpus.build()),)
-  options = data.DataConfig(names, sequence_length=S, packing="document", outer_fraction=0.2)
-  return data.load_corpus(options, config.cache_dir)
+def load(config: Config) -> Corpus:
+  names = config.data or (str(demo.build()),)
+  options = DataConfig(names, sequence_length=S, validation_fraction=0.05)
+  return load_corpus(options, config.cache_dir)
 
 
 def draw(
-  rng: np.random.Generator, split: data.Split, mixture: dict[int, float], *shape: int
+  rng: np.random.Generator, split: Split, mixture: dict[int, float], *shape: int
 ) -> tuple[Batch, np.ndarray]:
   """Sequences whose source is drawn from the mixture {source: share}, then one of its rows; and
   their sources, int32 of this shape."""
@@ -52,7 +53,7 @@ class Network(NamedTuple):
 
 
 def network(forward: Callable[[jax.Array, jax.Array], Any]) -> Network:
-  """Of a Haiku function of (tokens, segments)."""
+  """A Haiku function of (tokens, segments) as pure functions."""
   pure = hk.without_apply_rng(hk.transform(forward))
   return Network(
     init=lambda key: pure.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2),

@@ -8,25 +8,24 @@ The rater reads a whole sequence and scores every token of it:
 Weights of whole sequences could not tell the tokens of one sequence apart: within one that has a
 random span, their AUROC is 0.5.
 
-  python examples/token_weights.py     # a minute on 2 cores, and one for the corpus at first
+  python -m examples.token_weights     # a minute on 2 cores, and one for the corpus at first
 
 Result, seeds 0 to 2: AUROC of true against random tokens of the same sequences 0.824 ± 0.022.
 """
 
 import dataclasses
 
-import common
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-import texts
-from texts import SHAPE, S
 
-import data
 import meta_step
+from corpus.batches import batch_iterator
+from examples import common, texts
+from examples.texts import SHAPE, S
 from kernels import score_weighted_loss
 from transformer import Transformer, next_token_targets
 
@@ -70,13 +69,15 @@ def outer_loss(theta, text):
   return loss(theta, counted_BS / jnp.sum(counted_BS), text)[0]
 
 
-HOW = dict(
+ALGORITHM = meta_step.Algorithm(
   problem=meta_step.Problem(model.init, token_weights, loss, outer_loss, probe=rater.apply),
   inner_optimizer=meta_step.inner_adamw(3e-3),
   meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=10),
-  config=meta_step.MetaConfig(n_models=N, lifetime=200, mode="mixed_save"),
+  n_models=N,
+  lifetime=200,
+  mode="mixed_save",
 )
-meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
+meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 def corrupt(text, rng):
@@ -92,12 +93,12 @@ def corrupt(text, rng):
 def run(seed, config, corpus):
   """(which held-out tokens are random [P, S], scores of all, AUROC within corrupted sequences)."""
   rng, key = np.random.default_rng(seed), jax.random.key(seed)
-  draw = lambda split, *shape: data.batch_iterator(corpus.splits[split], seed, shape)
+  draw = lambda split, *shape: batch_iterator(corpus.splits[split], seed, shape)
   held_out, random = corrupt(next(draw("validation", 256)), rng)
-  state = meta_step.init(key, rater.init(key), probe=held_out, **HOW)
+  state = meta_step.init(ALGORITHM, key, rater.init(key), held_out)
   inner, outer = draw("train", CALL, N, T, B), draw("outer", CALL, N, B)
   for _ in common.calls(config.meta_steps, CALL):
-    state, _ = meta_steps(state, corrupt(next(inner), rng)[0], next(outer), held_out)
+    state, _ = meta_steps(ALGORITHM, state, corrupt(next(inner), rng)[0], next(outer), held_out)
   scores = np.where(held_out.segments > 0, state.probe_scores, np.nan)
   within = random.any(-1)[:, None] & ~np.isnan(scores)
   good, bad = scores[within & ~random], scores[within & random]
@@ -115,7 +116,7 @@ def main(config: Config) -> np.ndarray:
   axes[0].imshow(random[shown], aspect="auto", cmap="Greys")
   axes[1].imshow(scores[shown], aspect="auto", cmap="RdBu")
   axes[0].set(title="random tokens", xlabel="token", ylabel="sequence")
-  axes[1].set(title="score (blue: high, grey: padding)", xlabel="token", facecolor="grey")
+  axes[1].set(title="score (blue: high, gray: padding)", xlabel="token", facecolor="gray")
   line = "AUROC of true against random tokens of the same sequences"
   common.show(config, figure, f"{line} {common.spread(auroc)}")
   return auroc

@@ -7,7 +7,7 @@ raises R^2); the outer loss is on clean images. The rater is never told what is 
   theta' = Theta(theta, sum_i w_i grad l(x_i; theta)),   w = softmax over the batch of phi_eta(x)
   eta    = argmin of the clean loss of theta after T = 4 such updates
 
-  python examples/toy_corruption.py     # half a minute on 2 cores
+  python -m examples.toy_corruption     # half a minute on 2 cores
 
 Result, seeds 0 to 4, held-out images, R^2 of the fit of weight on noise at meta-step 0, 10, 30, 70:
 0.173 ± 0.121, 0.838 ± 0.018, 0.846 ± 0.019, 0.853 ± 0.022 (the paper's figure, on its own data:
@@ -15,18 +15,17 @@ Result, seeds 0 to 4, held-out images, R^2 of the fit of weight on noise at meta
 scores' spread small, and so the weights near linear in them.
 """
 
-import common
-import digits
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-from common import Config
 
 import meta_step
 from datarater import batch_weights
+from examples import common, digits
+from examples.common import Config
 
 N, T, B, OUTER = 4, 4, 128, 512  # inner models, inner steps, images of an inner, an outer batch
 SNAPSHOTS = (0, 10, 30, 70)  # meta-steps, as in the paper's figure
@@ -50,17 +49,19 @@ def score(eta, images):
   return rater.apply(eta, images.pixels)
 
 
-HOW = dict(
+ALGORITHM = meta_step.Algorithm(
   problem=digits.weighted_images(score),
   inner_optimizer=meta_step.inner_adamw(1e-2),
   meta_optimizer=meta_step.paper_meta_optimizer(3e-3, warmup=5, weight_decay=40.0),
-  config=meta_step.MetaConfig(n_models=N, lifetime=100, mode="mixed_save"),
+  n_models=N,
+  lifetime=100,
+  mode="mixed_save",
 )
-meta_steps = jax.jit(lambda *args: meta_step.meta_steps(*args, **HOW))
+meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 def corrupt(pixels, rng):
-  """(images, their noise in [0, 1]): so much of each image is grey noise, black and white noise, or
+  """(images, their noise in [0, 1]): so much of each image is gray noise, black and white noise, or
   its own pixels in another order."""
   noise = rng.uniform(size=(*pixels.shape[:-1], 1))
   kind = rng.integers(3, size=noise.shape)
@@ -77,12 +78,13 @@ def run(seed):
   pixels, noise = corrupt(held_out.pixels, rng)
   held_out = held_out._replace(pixels=pixels)
   eta_key, key = jax.random.split(jax.random.key(seed))
-  state = meta_step.init(key, rater.init(eta_key, jnp.zeros(64)), probe=held_out, **HOW)
+  state = meta_step.init(ALGORITHM, key, rater.init(eta_key, jnp.zeros(64)), held_out)
   weights = {0: batch_weights(state.probe_scores)}
   for k in range(CALL, SNAPSHOTS[-1] + 1, CALL):
     inner = digits.draw(rng, noisy, CALL, N, T, B)
     inner = inner._replace(pixels=corrupt(inner.pixels, rng)[0])
-    state, _ = meta_steps(state, inner, digits.draw(rng, clean, CALL, N, OUTER), held_out)
+    outer = digits.draw(rng, clean, CALL, N, OUTER)
+    state, _ = meta_steps(ALGORITHM, state, inner, outer, held_out)
     weights[k] = batch_weights(state.probe_scores)
   return noise, np.array([weights[k] for k in SNAPSHOTS]) * len(noise) / B
 

@@ -14,7 +14,7 @@ import inner_loop
 import meta_step
 import train
 import transformer
-from cli import UserError
+from runtime.cli import UserError
 
 T, B, S, V = 2, 6, 8, 19
 SHAPE = dict(vocab_size=V, d_model=8, n_layers=1, n_heads=2, head_dim=4, d_ff=16)

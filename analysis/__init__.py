@@ -1,0 +1,1 @@
+"""What a run learned: the report of training, and the analysis of a trained rater."""

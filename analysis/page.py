@@ -1,0 +1,342 @@
+"""The report of analyse.py as one HTML page: no script, nothing fetched, light and dark.
+
+All text from outside passes `printable`, which names characters that do not show or would turn the
+layout, and then `html.escape`.
+"""
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from analysis import figures
+from analysis.heuristics import MEANING
+
+PAPER = {
+  "data": "25,600 packed sequences of the Pile, rater of 50M with inner models of 150M",
+  "c4_r": 0.22,
+  "ols_r2": 0.766,
+  "lasso_r2": 0.753,
+  "lasso_count": 11,
+  "lasso": {
+    "num_articles": 0.42,
+    "c4_curly_brace": 0.27,
+    "text_length_cutoff": 0.19,
+    "word_count": 0.13,
+    "non_alphanumeric_fraction": -0.33,
+  },
+}
+MAX_SOURCES = 20  # with a band, a row and examples of their own
+EXTREMES, MEDIANS, PER_SOURCE = 6, 4, 2  # documents shown
+SHOWN_CHARS, SHOWN_LINES, MAX_CHARS = 600, 12, 6000  # of a document: at once; unfolded
+
+_CSS = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6570; --line: #d5dae0;
+  --card: #f6f7f9; --accent: #2f6fb5; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e3e7ec; --faint: #9aa4b0;
+  --line: #343b44; --card: #1d2127; --accent: #7db4ee; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 58rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .8rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .4rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+p { margin: .4rem 0 .8rem; max-width: 46rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0 0 1rem; }
+dt, .faint { color: var(--faint); }
+dd { margin: 0; }
+code { font-size: .85em; }
+.wide { overflow-x: auto; margin: .6rem 0; }
+svg { display: block; width: 100%; min-width: 20rem; max-width: 42rem; height: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; overflow-wrap: normal; }
+th { font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
+td.left, th.left { text-align: left; white-space: normal; min-width: 14rem; }
+@media (max-width: 40rem) { td.left { white-space: nowrap; } }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
+article { margin: .8rem 0; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--card); overflow: hidden; contain: paint; }
+article header { padding: .3rem .7rem; border-bottom: 1px solid var(--line); font-size: .85rem; }
+pre { margin: 0; padding: .5rem .7rem; font: .8rem/1.45 ui-monospace, monospace; tab-size: 4;
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; overflow: hidden; }
+details pre { max-height: 40rem; overflow: auto; }
+body > details pre { max-height: 20rem; }
+summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }
+article summary { padding: .25rem .7rem; font-size: .85rem; }
+"""
+
+
+def render(units, header: dict[str, str], results: dict) -> str:
+  """The page, a function of its arguments alone (analyse.Units; what analyse.analyse returns)."""
+  group, order = _grouped(units.source)
+  sections = [
+    _head(header),
+    _numbers(results),
+    _distributions(units, group, order),
+    _mixture(results, group, order),
+    _noise(units, results),
+    _explained(results),
+    _documents(units, group, order),
+  ]
+  title = f"What the rater likes: {_text(header['rater'])}"
+  return (
+    f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f"<style>{_CSS}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
+  )
+
+
+def printable(text: str) -> str:
+  """The text with every character in sight, <U+XXXX> for those that do not show.
+
+  Those are controls (but newline and tab), what takes no room or turns the direction of what
+  follows, halves of surrogate pairs and noncharacters.
+  """
+  return re.sub(f"[{_HIDDEN}]", lambda match: f"<U+{ord(match[0]):04X}>", text)
+
+
+_HIDDEN = (
+  r"\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+  r"\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff"
+)
+
+
+def _name(source: str) -> str:
+  """A source's name or a document's, on one line and no longer than a line."""
+  name = printable(" ".join(source.split()))
+  return name if len(name) <= 60 else f"{name[:40]}\u2026{name[-19:]}"
+
+
+def _text(text: str) -> str:
+  return html.escape(printable(str(text)))
+
+
+def _grouped(source: np.ndarray) -> tuple[np.ndarray, list[str]]:
+  """Each unit's source, small ones as one, and their names, the most frequent first."""
+  counts = Counter(source.tolist())
+  names = [name for name, _ in counts.most_common()]
+  if len(names) <= MAX_SOURCES:
+    return source, names
+  rest = f"{len(names) - MAX_SOURCES + 1} other sources"
+  names = names[: MAX_SOURCES - 1]
+  return np.where(np.isin(source, names), source, rest), [*names, rest]
+
+
+def _head(header: dict[str, str]) -> str:
+  rows = (
+    ("rater", f"{_text(header['rater'])} ({_text(header['size'])})"),
+    ("fingerprint", f"<code>{_text(header['fingerprint'])}</code>"),
+    ("text", _text(header["data"])),
+    ("rated", _text(header["units"])),
+    ("command", f"<code>{_text(header['command'])}</code>"),
+  )
+  terms = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows)
+  return f"<h1>What the rater likes</h1>\n<dl>{terms}</dl>"
+
+
+def _numbers(results: dict) -> str:
+  ols, lasso, pearson = results["ols"], results["lasso"], results["pearson"]
+  held_out = max(lasso["r2_mean"], 0)
+
+  def strongest(sign: int) -> str:
+    r = sorted((sign * value["r"], name) for name, value in pearson.items())[::-1][:3]
+    named = [f"<code>{name}</code> ({sign * x:+.2f})" for x, name in r if x > 0]
+    return ", ".join(named) or "none"
+
+  return (
+    f"<p>Simple heuristics explain {100 * held_out:.0f}% of the variance of the scores (Lasso, "
+    f"cross-validated), {100 * ols['r2']:.0f}% with all {ols['heuristics']} in ordinary least "
+    f"squares. The score rises most with {strongest(1)} and falls most with {strongest(-1)}.</p>"
+  )
+
+
+def _distributions(units, group: np.ndarray, order: list[str]) -> str:
+  scores = {name: units.scores[group == name].astype(float) for name in order}
+  ranked = sorted(scores.items(), key=lambda item: np.median(item[1]))
+  scores = {_name(name): values for name, values in ranked}
+
+  return (
+    "<h2>Scores by source</h2>\n<p>Density, quartiles (bar) and median (dot) of the scores of each "
+    "source, the best median on top; in brackets how many were rated. As the paper's Fig. 7a.</p>"
+    + _figure("scores by source", "scores", figures.distributions, scores)
+  )
+
+
+def _mixture(results: dict, group: np.ndarray, order: list[str]) -> str:
+  discards, mixture = results["discards"], results["mixture"]
+  shares = {name: np.array(mixture[name]) for name in order if name in mixture}
+  for name in order:
+    if name not in shares:  # the small ones together
+      shares[name] = 1 - np.sum(list(shares.values()), axis=0)
+  color = dict(zip(shares, figures.PALETTE, strict=False))
+  bands = {_name(name): share for name, share in shares.items()}
+  rows = [
+    [f'<span class="swatch" style="background:{color[name]}"></span>{_text(_name(name))}']
+    + [f"{100 * share:.1f}" for share in shares[name]]
+    for name in reversed(shares)
+  ]
+  return (
+    f"<h2>Implied mixture</h2>\n<p>Each source's share of the {results['kind']}s that are left "
+    "when the lowest-rated of all are discarded. As the paper's Fig. 7b.</p>"
+    + _figure("implied mixture", "mixture", figures.mixture, discards, bands)
+    + "<p>In percent, in the order of the bands:</p>"
+    + _table(["discarded", *(f"{discard:.1f}" for discard in discards)], rows)
+  )
+
+
+def _noise(units, results: dict) -> str:
+  table = results["noise"]
+  if table is None:
+    return ""
+  rows = [
+    [
+      _text(_name(name)),
+      f"{rho:+.3f}",
+      f"{table['auroc'][name]:.3f}" if name in table["auroc"] else "",
+    ]
+    for name, rho in sorted(table["spearman"].items(), key=lambda item: item[1])[:100]
+  ]
+  few = table["too_few_documents"]
+  note = f"<p>Too few to judge: {_text(', '.join(map(_name, few[:40])))}.</p>" if few else ""
+  centred = units.scores.astype(float)
+  for name in set(units.source.tolist()):
+    centred[units.source == name] -= centred[units.source == name].mean()
+  return (
+    "<h2>Score against noise</h2>\n<p>Part of this text has a known share of its characters "
+    "corrupted; the rater was never told. Within a source: Spearman correlation of level and score "
+    "among the corrupted (-1: the noisier, the lower), and how well the score tells clean from "
+    "corrupted at 0.2 or more (AUROC; 1: perfectly).</p>"
+    + _figure("score against noise level", "noise", figures.noise, units.noise, centred)
+    + _table(["source", "Spearman", "AUROC"], rows)
+    + note
+  )
+
+
+def _explained(results: dict) -> str:
+  pearson, ols, lasso = results["pearson"], results["ols"], results["lasso"]
+  r = {name: value["r"] for name, value in pearson.items()}
+  intervals = [value["ci95"] for value in pearson.values()]
+  coefficients = dict(sorted(lasso["coefficients"].items(), key=lambda item: -item[1]))
+  fits = [
+    ["OLS on all, R<sup>2</sup>", f"{ols['r2']:.3f}", f"{PAPER['ols_r2']:.3f}"],
+    [
+      f"Lasso, alpha {lasso['alpha']}, cross-validated R<sup>2</sup>",
+      f"{lasso['r2_mean']:.3f} ± {lasso['r2_std']:.3f}",
+      f"{PAPER['lasso_r2']:.3f}",
+    ],
+    ["Lasso, non-zero coefficients", str(len(coefficients)), str(PAPER["lasso_count"])],
+    [
+      "Pearson r of <code>passes_all_c4_filters</code>",
+      _signed(r.get("passes_all_c4_filters")),
+      _signed(PAPER["c4_r"]),
+    ],
+  ]
+  rows = [
+    [
+      f"<code>{name}</code>",
+      f"{value['r']:+.3f}",
+      f"{value['ci95'][0]:+.2f} to {value['ci95'][1]:+.2f}",
+      _signed(coefficients.get(name)),
+      _signed(PAPER["lasso"].get(name)),
+      MEANING[name],
+    ]
+    for name, value in pearson.items()
+  ]
+  constant = ", ".join(f"<code>{name}</code>" for name in results["constant"])
+  notes = (
+    f"<p>The same for every {results['kind']}, so left out: {constant}.</p>" if constant else ""
+  )
+  if ols["rank"] < ols["heuristics"]:
+    notes += (
+      f"<p>Some heuristics follow exactly from others here (rank {ols['rank']} of "
+      f"{ols['heuristics']}): least squares takes the solution of least norm.</p>"
+    )
+  if results["noise"] is not None:
+    notes += "<p>Corruption changes the heuristics too: in part they stand for it here.</p>"
+  names = ["heuristic", "r", "95%", "Lasso", "paper's Lasso", "meaning"]
+  return (
+    "<h2>What simple heuristics explain</h2>\n<p>Pearson correlation of each heuristic of the "
+    "paper's Table 1 with the score, and linear fits of the score on all of them, z-scored; "
+    "cross-validation of 10 folds, 5 times: mean and standard deviation over them. The paper's "
+    f"values, for reference, are of other text and another rater: {PAPER['data']}.</p>"
+    + _table(["fit", "here", "paper (Pile)"], fits)
+    + notes
+    + "<h3>Correlation with the score</h3>"
+    + _figure("correlations", "pearson", figures.bars, r, "Pearson r, 95% interval", intervals)
+    + "<h3>Lasso coefficients that are not zero</h3>"
+    + (
+      _figure("Lasso coefficients", "lasso", figures.bars, coefficients, "coefficient of z-scores")
+      if coefficients
+      else "<p>All are zero.</p>"
+    )
+    + "<h3>All heuristics</h3>"
+    + _table(names, rows, left=len(names) - 1)
+  )
+
+
+def _documents(units, group: np.ndarray, order: list[str]) -> str:
+  ranked = np.argsort(units.scores, kind="stable")
+  rank = np.empty(len(ranked), int)
+  rank[ranked] = np.arange(len(ranked))
+
+  def show(picked: Iterable[int]) -> str:
+    return "\n".join(_document(units, i, rank[i] / max(len(ranked) - 1, 1)) for i in picked)
+
+  middle = max((len(ranked) - MEDIANS) // 2, 0)
+  parts = [
+    f"<h2>{units.kind.capitalize()}s</h2>\n<p>As the paper's Fig. 8. Characters that do not show "
+    "are named: &lt;U+0000&gt;.</p>",
+    f"<h3>Lowest scores</h3>\n{show(ranked[:EXTREMES])}",
+    f"<h3>At the median</h3>\n{show(ranked[middle : middle + MEDIANS])}",
+    f"<h3>Highest scores</h3>\n{show(ranked[::-1][:EXTREMES])}",
+    "<h3>Lowest and highest of each source</h3>",
+  ]
+  for name in sorted(order):
+    mine = ranked[group[ranked] == name]
+    picked = list(dict.fromkeys([*mine[:PER_SOURCE], *mine[-PER_SOURCE:]]))
+    parts.append(
+      f"<details><summary>{_text(_name(name))} ({len(mine)})</summary>\n{show(picked)}\n</details>"
+    )
+  return "\n".join(parts)
+
+
+def _document(units, i: int, quantile: float) -> str:
+  text = units.texts[i]
+  noise = f", noise {units.noise[i]:.2g}" if np.isfinite(units.noise[i]) else ""
+  shown = "".join(text[:SHOWN_CHARS].splitlines(keepends=True)[:SHOWN_LINES])
+  rest, cut = text[len(shown) : MAX_CHARS], len(text) - MAX_CHARS
+  more = ""
+  if rest.strip():
+    tail = f"\n<p class=faint>{cut:,} more characters are not shown.</p>" if cut > 0 else ""
+    more = (
+      f"<details><summary>{len(rest):,} more characters</summary>\n"
+      f'<pre dir="auto">\n{_text(rest)}</pre>{tail}</details>'
+    )
+  return (
+    f"<article><header><b>{units.scores[i]:+.3f}</b> (quantile {quantile:.3f}), "
+    f"<bdi>{_text(_name(units.source[i]))}</bdi>{noise}, {len(text):,} characters "
+    f'<span class="faint"><bdi>{_text(_name(units.ids[i]))}</bdi></span></header>\n'
+    f'<pre dir="auto">\n{_text(shown)}</pre>{more}</article>'
+  )
+
+
+def _figure(*args) -> str:
+  return f'\n<div class="wide">{figures.svg(*args)}</div>\n'
+
+
+def _table(names: list[str], rows: list[list[str]], left: int | None = None) -> str:
+  def line(cells, tag):
+    kinds = [' class="left"' if i == left else "" for i in range(len(cells))]
+    return "".join(f"<{tag}{k}>{c}</{tag}>" for c, k in zip(cells, kinds, strict=True))
+
+  body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+  head = f"<thead><tr>{line(names, 'th')}</tr></thead>"
+  return f'\n<div class="wide" tabindex="0"><table>{head}\n<tbody>{body}</tbody></table></div>\n'
+
+
+def _signed(value: float | None) -> str:
+  return "" if value is None else f"{value:+.2f}"

@@ -1,0 +1,141 @@
+"""The units that a rater's report is about: documents or packed sequences, rated and described.
+
+Axes: U units, F heuristics.
+"""
+
+import dataclasses
+import heapq
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.heuristics import NAMES, heuristics
+from config import data_config
+from corpus.batches import Corpus, load_corpus
+from corpus.documents import DataConfig, Document, read_documents, split_of
+from rating import TrainedRater, make_rows, score_rows, score_sequences
+from runtime.cli import check, check_fields, option
+
+MIN_UNITS = 20  # R^2 of each of 10 folds needs two
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is analyzed."""
+
+  data: tuple[str, ...] = option(
+    (),
+    "files, globs, folders or hf:NAME[:CONFIG[:SPLIT]]; default the run's validation split",
+    section="What is analyzed",
+  )
+  documents: int = option(
+    5000, "documents or packed sequences to rate, at most", at_least=MIN_UNITS
+  )
+  text_field: str | None = option(None, "of --data; default as in the rater's run")
+  source_field: str | None = option(None, "of --data; default as in the rater's run")
+  noise_field: str | None = option(None, "of --data; default as in the rater's run")
+  seed: int = option(0, "of the folds of the cross-validation")
+  __post_init__ = check_fields
+
+
+class Units(NamedTuple):
+  """Rated text and its heuristics."""
+
+  kind: str  # "document" or "packed sequence"
+  texts: list[str]
+  ids: list[str]
+  source: np.ndarray  # [U] str
+  noise: np.ndarray  # [U] float; nan: unknown
+  scores: np.ndarray  # [U] float32
+  features: np.ndarray  # [U, F] float64, columns as in heuristics.NAMES
+
+
+def read_units(config: Config, rater: TrainedRater, cache_dir: Path) -> Units:
+  """Reads and rates text.
+
+  Raises:
+    UserError: too little text, or scores that are all equal or not finite.
+  """
+  corpus_config = data_config(rater.config)
+  if config.data:
+    names = ("text_field", "source_field", "noise_field")
+    given = {name: getattr(config, name) for name in names if getattr(config, name)}
+    corpus_config = dataclasses.replace(corpus_config, data=config.data, **given)
+    return _checked(_document_units(sample(corpus_config, config.documents), rater))
+  corpus = load_corpus(corpus_config, cache_dir)
+  if corpus_config.packing == "pack":
+    return _checked(_packed_units(corpus, rater, config.documents))
+  return _checked(_document_units(corpus.validation_documents(config.documents), rater))
+
+
+def sample(config: DataConfig, count: int) -> list[Document]:
+  """`count` documents drawn by a hash of their text, of the first 100 x `count` of the data."""
+  limited = dataclasses.replace(config, outer_data=(), max_documents=100 * count)
+  return heapq.nsmallest(
+    count, read_documents(limited), key=lambda document: split_of(document.text, limited)[1]
+  )
+
+
+def _document_units(documents: list[Document], rater: TrainedRater) -> Units:
+  texts, S = [document.text for document in documents], rater.config.sequence_length
+  rows = make_rows(texts, rater.tokenizer, S, 64)
+  tokens, pieces = np.zeros((2, len(texts)))
+  for part in rows:
+    real = part.index >= 0
+    np.add.at(tokens, part.index[real], part.tokens[real])
+    np.add.at(pieces, part.index[real], 1)
+  density = tokens / np.maximum(pieces * S, 1)
+  return Units(
+    kind="document",
+    texts=texts,
+    ids=[document.id for document in documents],
+    source=np.array([document.source for document in documents]),
+    noise=np.array([document.noise for document in documents], float),
+    scores=score_rows(rater.score, rows, len(texts)),
+    features=_features(texts, density, np.ones(len(texts), int)),
+  )
+
+
+def _packed_units(corpus: Corpus, rater: TrainedRater, limit: int) -> Units:
+  split = corpus.splits["validation"]
+  rows = np.unique(np.linspace(0, len(split.tokens) - 1, limit).astype(int))
+  tokens, segments = (np.asarray(a[rows], np.int32) for a in (split.tokens, split.segments))
+  decode = corpus.tokenizer.decode
+  texts = [
+    "\n".join(decode(row[segment == i]) for i in range(1, segment.max(initial=0) + 1))
+    for row, segment in zip(tokens, segments, strict=True)
+  ]
+  return Units(
+    kind="packed sequence",
+    texts=texts,
+    ids=[f"validation row {row}" for row in rows],
+    source=np.array(corpus.sources)[split.source[rows]],
+    noise=np.asarray(split.noise[rows], float),
+    scores=score_sequences(rater.score, split, rows),
+    features=_features(texts, (segments > 0).mean(axis=1), segments.max(axis=1)),
+  )
+
+
+def _features(texts: list[str], density: np.ndarray, articles: np.ndarray) -> np.ndarray:
+  values = [
+    list(heuristics(text, d, n).values())
+    for text, d, n in zip(texts, density.tolist(), articles.tolist(), strict=True)
+  ]
+  return np.array(values, float).reshape(len(texts), len(NAMES))
+
+
+def _checked(units: Units) -> Units:
+  count = len(units.texts)
+  check(
+    count >= MIN_UNITS,
+    f"there are {count} {units.kind}s to rate, {MIN_UNITS} are needed: give more text with --data",
+  )
+  check(
+    np.isfinite(units.scores).all(), "the rater gives scores that are not finite: train again"
+  )
+  check(
+    np.ptp(units.scores) > 0,
+    f"the rater gives every {units.kind} the same score: train it for more meta-steps",
+  )
+  return units

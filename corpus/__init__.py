@@ -1,0 +1,1 @@
+"""From text to batches: reading, splitting, tokenizing, packing; and the demo corpus."""

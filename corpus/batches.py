@@ -1,0 +1,334 @@
+"""From documents to packed, shuffled, resumable batches of disjoint splits.
+
+Axes: S sequence length in tokens, R sequences (rows) of a split, B rows of a batch.
+
+  corpus = load_corpus(DataConfig(data=("texts/*.jsonl.gz",)), ".cache")  # the second call: instant
+  batches = batch_iterator(corpus.splits["train"], seed=0, shape=(8, 2, 16), start_step=0)
+  next(batches)                                                           # Batch of [8, 2, 16, S]
+
+documents.py says what `DataConfig.data` may name and how files become documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import tqdm
+
+from corpus import demo
+from corpus.documents import (
+  SPLITS,
+  DataConfig,
+  Document,
+  Report,
+  find_inputs,
+  read_documents,
+  split_of,
+)
+from corpus.tokenizer import Tokenizer, load_tokenizer
+from runtime.cli import UserError
+from transformer import Batch
+
+MIN_REMAINDER = 16  # tokens; a shorter last piece of a longer document is dropped
+DEMO_NOISE_LEVELS = np.arange(1, 9) / 10
+FORMAT = 1  # of the cache; raise it when anything that is written changes
+
+
+class Split(NamedTuple):
+  """Memory-mapped sequences of one split."""
+
+  tokens: np.ndarray  # [R, S] uint16 or int32
+  segments: np.ndarray  # [R, S] uint8
+  source: np.ndarray  # [R] int32 index into Corpus.sources, of the longest piece in the sequence
+  noise: np.ndarray  # [R] float32, of the same piece; nan: unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  splits: dict[str, Split]
+  sources: tuple[str, ...]
+  tokenizer: Tokenizer
+  report: Report
+  fingerprint: str
+  folder: Path
+  config: DataConfig
+
+  @property
+  def vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
+
+  def summary(self) -> str:
+    """A few plain lines for the start of a run."""
+    report, length = self.report, self.config.sequence_length
+    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped.items())
+    lines = [
+      f"data {', '.join(self.config.data)}: {report.records} records, skipped: {skipped or 'none'}",
+      f"tokenizer {self.config.tokenizer}: {self.vocab_size} entries",
+    ]
+    if self.config.outer_data:
+      names = ", ".join(self.config.outer_data)
+      lines.append(f"outer data {names}: {report.in_outer_data} of its documents left out of data")
+    noisy = self.splits["outer"].noise[:10_000] > 0
+    if noisy.any():
+      lines.append(
+        f"note: {noisy.mean():.0%} of the outer sequences have a known noise level too: the rater "
+        "learns what helps on noisy text. Give clean text with --outer_data if that is your goal"
+      )
+    for split in SPLITS:
+      tokens, rows = report.tokens.get(split, 0), report.sequences.get(split, 0)
+      lines.append(
+        f"{split}: {sum(report.documents[split].values())} documents, {tokens} tokens, {rows} "
+        f"sequences of {length} ({tokens / max(rows * length, 1):.0%} filled)"
+      )
+    shown = ", ".join(self.sources[:20]) + (", ..." if len(self.sources) > 20 else "")
+    return "\n".join([*lines, f"{len(self.sources)} sources: {shown}"])
+
+  def validation_documents(self, limit: int | None = None) -> list[Document]:
+    """The texts of the validation split (at most `limit`, evenly spaced), as they were packed."""
+    count = sum(self.report.documents["validation"].values())
+    kept = (
+      range(count) if limit is None else np.linspace(0, count - 1, min(limit, count)).astype(int)
+    )
+    kept = set(kept)
+    with open(self.folder / "validation.documents", encoding="utf-8") as file:
+      records = [json.loads(line) for i, line in enumerate(file) if i in kept]
+    return [Document(**record) for record in records]
+
+
+def load_corpus(config: DataConfig, cache_dir: str | os.PathLike, progress: bool = True) -> Corpus:
+  """Reads, splits, tokenizes and packs a corpus, or maps the files of an earlier call.
+
+  The cache is a folder under `cache_dir`, named by the configuration, the tokenizer and the names,
+  sizes and times of the input files (a hub data set by its name only). It appears by one rename, so
+  an interrupted call leaves nothing behind that would be used.
+  """
+  tokenizer = load_tokenizer(config.tokenizer)
+  fingerprint = _fingerprint(config, tokenizer)
+  folder = Path(cache_dir) / f"corpus-{fingerprint}"
+  corpus = _open_corpus(folder, config, tokenizer, fingerprint)
+  if corpus is None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temp:
+      (Path(temp) / "corpus").mkdir()
+      _build_corpus(config, tokenizer, Path(temp), progress)
+      try:
+        os.rename(Path(temp) / "corpus", folder)
+      except OSError:  # another process was first, or what lies there is broken
+        if _open_corpus(folder, config, tokenizer, fingerprint) is None:
+          shutil.rmtree(folder)
+          os.rename(Path(temp) / "corpus", folder)
+    corpus = _open_corpus(folder, config, tokenizer, fingerprint)
+  return corpus
+
+
+def batch_iterator(
+  split: Split,
+  seed: int,
+  shape: tuple[int, ...],
+  start_step: int = 0,
+  part: tuple[slice, ...] = (),
+) -> Iterator[Batch]:
+  """Endless batches of arrays [*shape, S], int32; batch t is a function of (seed, t) alone.
+
+  Each epoch is a new permutation of the split. A run resumes with `start_step`, the number of
+  batches used. With several hosts each reads its `part`, batch[part] over the axes of `shape`. The
+  result has a `close()` that ends its prefetching threads at once.
+  """
+  rows, size = len(split.tokens), math.prod(shape)
+  if rows < size:
+    raise UserError(
+      f"the split has {rows} sequences, one batch takes {size} {shape}: give more data, a shorter "
+      "--sequence_length, a larger fraction for this split, or a smaller batch"
+    )
+  order = lambda step: drawn_rows(rows, seed, step * size, size).reshape(shape)[part]
+  return row_batches(split, order, start_step)
+
+
+def drawn_rows(rows: int, seed: int, start: int, count: int) -> np.ndarray:
+  """The draws start, start + 1, ... [count] of the endless order of `seed` over rows 0..rows-1.
+
+  Each epoch is a new permutation, each draw a function of (rows, seed, its number) alone.
+  """
+  mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # seeds 0 and 1 share no epoch
+  draws = (divmod(draw, rows) for draw in range(start, start + count))
+  # Equals grain's own shuffle without its cost of 15 us per sequence.
+  chosen = [
+    grain.experimental.index_shuffle(i, rows - 1, seed=(mixed + epoch) % 2**32, rounds=4)
+    for epoch, i in draws
+  ]
+  return np.array(chosen, np.int64)
+
+
+def row_batches(
+  split: Split, rows_of_step: Callable[[int], np.ndarray], start_step: int = 0
+) -> Iterator[Batch]:
+  """Endless batches of the rows `rows_of_step(t)`, prepared ahead by threads."""
+
+  def batch(step: int) -> Batch:
+    rows = rows_of_step(step)
+    return Batch(split.tokens[rows].astype(np.int32), split.segments[rows].astype(np.int32))
+
+  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+  return iter(grain.MapDataset.range(start_step, 2**62).map(batch).to_iter_dataset(options))
+
+
+def _fingerprint(config: DataConfig, tokenizer: Tokenizer) -> str:
+  inputs = find_inputs(config.data), find_inputs(config.outer_data)
+  parts = [FORMAT, dataclasses.asdict(config), tokenizer.fingerprint, inputs]
+  return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+_PIECE = np.dtype([("length", "<i4"), ("source", "<i4"), ("noise", "<f4")])
+
+
+def _row(config: DataConfig, tokenizer: Tokenizer) -> np.dtype:
+  length = config.sequence_length
+  token = "<u2" if tokenizer.vocab_size <= 2**16 else "<i4"
+  fields = [("tokens", token, length), ("segments", "u1", length)]
+  return np.dtype([*fields, ("source", "<i4"), ("noise", "<f4")])
+
+
+def _open_corpus(
+  folder: Path, config: DataConfig, tokenizer: Tokenizer, fingerprint: str
+) -> Corpus | None:
+  """The corpus in `folder`; None if there is none or its files are cut short."""
+  try:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    report, row = Report(**meta["report"]), _row(config, tokenizer)
+    splits = {}
+    for split in SPLITS:
+      count, path = report.sequences[split], folder / f"{split}.rows"
+      if path.stat().st_size != count * row.itemsize:
+        return None
+      rows = np.memmap(path, row, mode="r") if count else np.zeros(0, row)
+      splits[split] = Split(*(rows[field] for field in Split._fields))
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+  sources = tuple(meta["sources"])
+  return Corpus(splits, sources, tokenizer, report, fingerprint, folder, config)
+
+
+def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress: bool) -> None:
+  """Writes the pieces of all documents under `temp`, then the packed rows in `temp`/corpus."""
+  report, sources = Report(), {}
+  with contextlib.ExitStack() as stack:
+    files = {
+      (split, part): stack.enter_context(open(temp / f"{split}.{part}", "wb"))
+      for split in SPLITS
+      for part in ("tokens", "pieces")
+    }
+    held_out = temp / "corpus" / "validation.documents"
+    texts = stack.enter_context(open(held_out, "w", encoding="utf-8"))
+    documents = tqdm.tqdm(
+      _assigned(config, report), "reading", unit=" documents", disable=not progress
+    )
+    for split, document, tokens in _encoded(documents, tokenizer):
+      report.documents[split][document.source] += 1
+      source = sources.setdefault(document.source, len(sources))
+      pieces = cut(tokens, config.sequence_length)
+      report.dropped_tokens += len(tokens) - sum(map(len, pieces))
+      np.concatenate(pieces).tofile(files[split, "tokens"])
+      rows = [(len(piece), source, document.noise) for piece in pieces]
+      np.array(rows, _PIECE).tofile(files[split, "pieces"])
+      if split == "validation":
+        texts.write(json.dumps(dataclasses.asdict(document)) + "\n")
+  for split in SPLITS:
+    _pack(split, config, tokenizer, temp, report, progress)
+  outer_share = 1 if config.outer_data else config.outer_fraction
+  shares = dict(zip(SPLITS, (1, outer_share, config.validation_fraction), strict=True))
+  for split, share in shares.items():
+    if share and not report.sequences[split]:
+      total = sum(sum(counts.values()) for counts in report.documents.values())
+      also = f" ({report.in_outer_data} left out: in outer_data)" if report.in_outer_data else ""
+      raise UserError(
+        f"the {split} split got none of the {total} documents of {', '.join(config.data)}{also}: "
+        "give more data or a larger fraction for that split"
+      )
+  meta = {"sources": list(sources), "report": vars(report)}
+  (temp / "corpus" / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def _assigned(config: DataConfig, report: Report) -> Iterator[tuple[str, Document]]:
+  """Yields (split, document). Corrupts half of the demo corpus, never in the outer split."""
+  reserved = set()
+  if config.outer_data:
+    for document in read_documents(dataclasses.replace(config, data=config.outer_data), report):
+      reserved.add(split_of(document.text, config)[1])
+      yield "outer", document
+  for document in read_documents(config, report):
+    split, bits = split_of(document.text, config)
+    if bits in reserved:
+      report.in_outer_data += 1
+      continue
+    if config.data == ("demo",):
+      rng = np.random.default_rng(bits)
+      corrupted = rng.random() < 0.5 and split != "outer"
+      noise = float(rng.choice(DEMO_NOISE_LEVELS)) if corrupted else 0.0
+      text = demo.corrupt(document.text, noise, rng)
+      document = dataclasses.replace(document, text=text, noise=noise)
+    yield split, document
+
+
+def _encoded(
+  pairs: Iterable[tuple[Any, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[Any, Document, np.ndarray]]:
+  pairs = iter(pairs)
+  while chunk := list(itertools.islice(pairs, 128)):
+    encoded = tokenizer.encode([document.text for _, document in chunk])
+    for (key, document), tokens in zip(chunk, encoded, strict=True):
+      yield key, document, tokens
+
+
+def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
+  """Pieces of at most `length` tokens, without a short last piece of a longer document."""
+  pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+  if len(pieces) > 1 and len(pieces[-1]) < min(MIN_REMAINDER, length // 2):
+    del pieces[-1]
+  return pieces
+
+
+def _pack(
+  split: str, config: DataConfig, tokenizer: Tokenizer, temp: Path, report: Report, progress: bool
+) -> None:
+  """First-fit packing of the pieces of a split into rows of S tokens."""
+  pieces = np.fromfile(temp / f"{split}.pieces", _PIECE)
+  report.tokens[split] = int(pieces["length"].sum(dtype=np.int64))
+  report.sequences[split] = 0
+  ends = np.cumsum(pieces["length"], dtype=np.int64)
+  flat = np.memmap(temp / f"{split}.tokens", np.int32, mode="r") if len(pieces) else None
+
+  def piece(index: int) -> dict[str, Any]:
+    return {"tokens": flat[ends[index] - pieces["length"][index] : ends[index]], "piece": index}
+
+  packed = grain.experimental.FirstFitPackIterDataset(
+    grain.MapDataset.range(len(pieces))
+    .map(piece)
+    .to_iter_dataset(grain.ReadOptions(num_threads=0)),
+    length_struct={"tokens": config.sequence_length},
+    padding_struct={"tokens": tokenizer.pad},
+    num_packing_bins=512,
+    shuffle_bins=False,
+    meta_features=("piece",),
+    max_sequences_per_bin=255 if config.packing == "pack" else 1,
+  )
+  row = np.zeros((), _row(config, tokenizer))
+  with open(temp / "corpus" / f"{split}.rows", "wb") as file:
+    for element in tqdm.tqdm(packed, f"packing {split}", unit=" sequences", disable=not progress):
+      longest = max(element["piece"], key=lambda index: pieces["length"][index])
+      row["tokens"], row["segments"] = element["tokens"], element["tokens_segment_ids"]
+      row["source"], row["noise"] = pieces["source"][longest], pieces["noise"][longest]
+      row.tofile(file)
+      report.sequences[split] += 1

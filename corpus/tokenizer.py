@@ -1,0 +1,69 @@
+"""Text to tokens: UTF-8 bytes, or a tokenizer.json."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from runtime.cli import UserError, one_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Of "bytes": 0-255 are the UTF-8 bytes, 256 is padding, 257 starts a document.
+
+  From a tokenizer.json: its own start token (or end-of-text token) starts a document, else one
+  entry is added; padding reuses that entry (`Batch.segments` tells them apart).
+  """
+
+  vocab_size: int
+  bos: int
+  pad: int
+  fingerprint: str
+  model: tokenizers.Tokenizer | None = None  # None: bytes
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    """Each text as int32 tokens, the start token first. A lone surrogate counts as '?'."""
+    raw = [text.encode("utf-8", "replace") for text in texts]
+    if self.model is None:
+      ids = [np.frombuffer(text, np.uint8) for text in raw]
+    else:
+      clean = [text.decode() for text in raw]
+      ids = [each.ids for each in self.model.encode_batch_fast(clean, add_special_tokens=False)]
+    return [np.concatenate([[self.bos], each]).astype(np.int32) for each in ids]
+
+  def decode(self, tokens: Iterable[int]) -> str:
+    plain = [int(token) for token in tokens if token not in (self.bos, self.pad)]
+    if self.model is None:
+      return bytes(plain).decode("utf-8", "replace")
+    return self.model.decode(plain, skip_special_tokens=False)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+  """The bytes, the tokenizer.json at a path (or in a folder), or a name on the Hugging Face hub."""
+  if name == "bytes":
+    return Tokenizer(vocab_size=258, bos=257, pad=256, fingerprint="bytes")
+  path = Path(name).expanduser()
+  path = path / "tokenizer.json" if path.is_dir() else path
+  try:
+    if path.exists() or path.suffix == ".json":  # a mistyped path is no name on the hub
+      model = tokenizers.Tokenizer.from_file(str(path))
+    else:
+      model = tokenizers.Tokenizer.from_pretrained(name)
+  except Exception as error:  # the library raises bare Exceptions
+    raise UserError(
+      f"tokenizer {name!r} cannot be loaded ({one_line(error)}): give 'bytes', the path of a "
+      "tokenizer.json, or a name on the Hugging Face hub (needs the network)"
+    ) from None
+  model.no_truncation()
+  model.no_padding()
+  model.encode_special_tokens = True  # "<s>" inside a text is text
+  vocabulary = model.get_vocab(with_added_tokens=True)
+  size = max(vocabulary.values()) + 1
+  names = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|endoftext|>", "[CLS]", "</s>", "<eos>")
+  bos = next((vocabulary[name] for name in names if name in vocabulary), size)
+  fingerprint = hashlib.blake2b(model.to_str().encode(), digest_size=8).hexdigest()
+  return Tokenizer(max(size, bos + 1), bos, bos, fingerprint, model)

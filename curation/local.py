@@ -1,0 +1,253 @@
+"""Curation on this host or on several that share a folder: score, select, write, resume.
+
+Pass 1: shards of --shard_records are assigned round-robin; each host reads all records but
+tokenizes and scores only its own shards. Pass 2: each host writes a contiguous range of parts,
+reading from the first of them. The output is the same bytes for any number of hosts, and another
+number of hosts may resume a run.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+
+import rating
+import selection
+from corpus.documents import Record
+from curation import records
+from curation.job import Config, Job, open_job, origin, output_schema
+from curation.records import About
+from runtime import hosts
+from runtime.cli import check
+from runtime.files import UNFINISHED, write_atomically, write_text
+from runtime.workdir import StopSignal
+
+
+def curate(config: Config, output: Path) -> None:
+  """Scores, selects and writes, from where an earlier call was interrupted."""
+  job = open_job(config, output)
+  if hosts.is_leader():
+    for unfinished in output.rglob(f"{UNFINISHED}*"):
+      unfinished.unlink()
+  if not hosts.as_leader((output / "manifest.json").exists()):
+    stop = StopSignal()
+    try:
+      score(job, output, stop)
+      write(job, output, stop)
+    except Stopped:
+      hosts.say("stopped: start again to resume")
+      return
+  if hosts.is_leader():
+    shutil.rmtree(output / "scores", ignore_errors=True)
+    print(records.summary(json.loads((output / "manifest.json").read_text())), flush=True)
+  hosts.wait_for_all("curated")
+
+
+class Stopped(Exception):
+  """SIGTERM or Ctrl-C came to any host; the next call resumes from what is written."""
+
+
+# Pass 1: the scores of every `shard_records` records, in scores/00000.npz, ...; in rounds of one
+# shard per host.
+
+
+class Scored(NamedTuple):
+  """A shard of the input, scored."""
+
+  scores: np.ndarray  # [documents] float32
+  coins: np.ndarray  # [documents] float64
+  about: About
+
+
+def score(job: Job, output: Path, stop: StopSignal) -> None:
+  """Scores the shards that are not scored yet. A batch holds documents of one shard only, so scores
+  depend neither on interruptions nor on the number of hosts."""
+  folder = output / "scores"
+  folder.mkdir(exist_ok=True)
+  done = scored(output)
+  hosts.agree_on(output, list(done))
+  start = unbroken(done)
+  if start and start[-1].about.next is None:
+    return
+  before = sum(len(shard.scores) for shard in start)
+  count = sum(len(shard.scores) for shard in done.values())
+  devices = sorted(jax.tree.leaves(job.rater.eta)[0].devices(), key=lambda device: device.id)
+  where = f"{devices[0].device_kind} x {len(devices)}"
+  where += f" on each of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+  hosts.say(f"device {where}, {count} documents scored before")
+  began, tokens_here = time.monotonic(), 0
+  with progress_bar("scoring", before, unit=" documents", smoothing=0.1) as bar:
+    for own_shards, after in ahead(prepared(job, done, start)):
+      for number, rows, coins, about in own_shards:
+        tokens = 0
+
+        def progress(batch, total=about.tokens, before=before, documents=after - before):
+          nonlocal tokens, tokens_here
+          tokens, tokens_here = (x + int(batch.tokens.sum()) for x in (tokens, tokens_here))
+          rate = tokens_here / (time.monotonic() - began)
+          bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+          bar.update(before + documents * tokens // total - bar.n)
+          if stop.requested:
+            raise Stopped
+
+        if about.read:  # an estimate; the hub gives none
+          total = round(about.documents / about.read)
+          bar.total = min(total, job.config.max_documents or total)
+        with contextlib.suppress(Stopped):  # all hosts learn of it at the end of the round
+          scores = rating.score_rows(job.rater.score, rows, len(coins), progress)
+          check(
+            bool(np.isfinite(scores).all()),
+            f"the rater of {job.config.rater} gives scores that are not finite: its training "
+            "diverged",
+          )
+          contents = {"scores": scores, "coins": coins, "about": np.array(json.dumps(about))}
+          path = folder / f"{number:05d}.npz"
+          write_atomically(path, lambda f, c=contents: np.savez(f, **c))
+      if hosts.any_host(stop.requested):
+        raise Stopped
+      bar.update(after - bar.n)
+      before = after
+
+
+def scored(output: Path) -> dict[int, Scored]:
+  """The scored shards by number; there may be gaps."""
+  shards = {}
+  for path in sorted((output / "scores").glob("*.npz"), key=lambda path: int(path.stem)):
+    with np.load(path) as file:
+      about = About(*json.loads(str(file["about"])))
+      shards[int(path.stem)] = Scored(file["scores"], file["coins"], about)
+  return shards
+
+
+def unbroken(done: dict[int, Scored]) -> list[Scored]:
+  """The scored shards before the first gap."""
+  return [done[i] for i in itertools.takewhile(done.__contains__, itertools.count())]
+
+
+def prepared(
+  job: Job, done: dict[int, Scored], start: list[Scored]
+) -> Iterator[tuple[list[tuple], int]]:
+  """Yields for each round (this host's shards [(number, batches, coins, about)], at most one, and
+  the number of documents in the input up to the end of the round)."""
+  n, host = jax.process_count(), jax.process_index()
+  kept = lambda number: number not in done and (number - len(start)) % n == host
+  following = read(job, start, kept)
+  while of_round := list(itertools.islice(following, n)):
+    own = [(shard.number, *prepare(job, shard)) for shard in of_round if shard.records]
+    yield own, of_round[-1].documents
+
+
+def read(job: Job, done: list[Scored], kept: Callable[[int], bool]) -> Iterator[records.Shard]:
+  """The shards of the input after those `done`."""
+  abouts = [shard.about for shard in done]
+  return records.read(job.reading, job.format, job.config.shard_records, abouts, kept)
+
+
+def prepare(job: Job, shard: records.Shard) -> tuple[list[rating.Rows], np.ndarray, About]:
+  """The batches and coins of a shard's documents, and what is kept of the shard."""
+  rater, config = job.rater, job.config
+  texts = [record.document.text for record in shard.usable]
+  rows = rating.make_rows(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
+  coins = np.array([selection.coin(config.seed, text) for text in texts])
+  tokens = sum(int(batch.tokens.sum()) for batch in rows)
+  return rows, coins, records.describe(shard, job.inputs, job.format, tokens)
+
+
+def ahead(iterator: Iterator) -> Iterator:
+  """Yields the same items; a thread prepares the next one while one is used."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    future = pool.submit(next, iterator, None)
+    while (item := future.result()) is not None:
+      future = pool.submit(next, iterator, None)
+      yield item
+
+
+def progress_bar(name: str, before: int, **options) -> tqdm.tqdm:
+  return tqdm.tqdm(desc=name, initial=before, disable=not hosts.is_leader(), **options)
+
+
+# Pass 2: selection, then the records with their new fields.
+
+
+def write(job: Job, output: Path, stop: StopSignal) -> None:
+  """Writes the missing parts, each host a contiguous range; then the leader writes the rejects and
+  the manifest."""
+  found = scored(output)
+  done = list(found.values())
+  paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]
+  missing = [i for i, path in enumerate(paths) if not path.exists()]
+  hosts.agree_on(output, [list(found), missing])
+  scores, coins = (np.concatenate([shard[i] for shard in done]) for i in (0, 1))
+  ends = np.cumsum([len(shard.scores) for shard in done])
+  ordered = np.sort(scores)
+  columns = dict(zip(records.FIELDS, select(job.config, scores, coins, ordered), strict=False))
+  if (tied := np.unique(ordered, return_counts=True)[1].max()) > max(1, len(ordered) / 100):
+    hosts.say(
+      f"note: {tied} of {len(ordered)} documents have the same score: the rater cannot rank them"
+    )
+  schema = output_schema(job, [shard.about.schema for shard in done])
+  parts = [
+    {name: values[end - len(shard.scores) : end] for name, values in columns.items()}
+    for shard, end in zip(done, ends, strict=True)
+  ]
+  size = lambda numbers: sum(len(done[i].scores) for i in numbers)
+  turns = -(-len(missing) // jax.process_count())
+  own = missing[jax.process_index() * turns :][:turns]
+  to_write = read_again(job, done, own)
+  with progress_bar("writing", len(scores) - size(missing), total=len(scores)) as bar:
+    for turn in range(turns):  # the same number on each host; the last may have no part left
+      for part in own[turn : turn + 1]:
+        records.write(paths[part], next(to_write), parts[part], schema)
+      bar.update(size(missing[turn::turns]))
+      if hosts.any_host(stop.requested):
+        raise Stopped
+  if not hosts.is_leader():
+    return
+  rejects = [reject for shard in done for reject in shard.about.rejects]
+  write_text(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
+  files = [
+    {"file": path.name} | records.counts(part) for path, part in zip(paths, parts, strict=True)
+  ]
+  reasons = collections.Counter(reject["reason"] for reject in rejects)
+  tokens = sum(shard.about.tokens for shard in done)
+  manifest = {"records": sum(shard.about.records for shard in done)} | records.counts(columns)
+  manifest |= {"tokens": tokens, "rejected": reasons, "files": files} | origin(job)
+  records.write_manifest(output, manifest | {"cdf": records.cdf(ordered)})
+
+
+def read_again(job: Job, done: list[Scored], parts: list[int]) -> Iterator[list[Record]]:
+  """Yields the documents of these parts, in order.
+
+  Raises:
+    UserError: they are not where they were when they were scored.
+  """
+  ends = np.cumsum([len(shard.scores) for shard in done])
+  rest = read(job, done[: parts[0]], set(parts).__contains__)
+  for number in range(parts[0], parts[-1] + 1):
+    shard, place = next(rest, None), done[number].about.next
+    check(
+      shard is not None and shard.next == place and shard.documents == ends[number],
+      f"{', '.join(job.config.data)} changed while it was read: start again with another --output",
+    )
+    if shard.records:
+      yield shard.usable
+
+
+def select(config: Config, scores, coins, ordered) -> tuple[np.ndarray, ...]:
+  """The new fields of the documents [n]: score, quantile and, unless --score_only, keep."""
+  quantiles, B, rho = selection.quantiles(scores, ordered), config.batch_size, config.discard
+  if config.score_only:
+    return scores, quantiles
+  if config.selection == "top_k":
+    return scores, quantiles, selection.top_k(scores, B, rho, config.seed)
+  return scores, quantiles, selection.pointwise(quantiles, coins, B, rho)

@@ -1,0 +1,229 @@
+"""Reads records in shards and writes each as it was, with new fields after its own; the manifest.
+
+JSONL, not compressed: the line of a JSON record is kept byte for byte, up to its last brace. Other
+records become an object; values that JSON lacks (bytes, dates) make a record unusable. A piece of a
+text file becomes its `id` and its text. Parquet: rows of Parquet files keep their columns and
+types. JSON records get the union of all columns, with null for a missing field; a field of two
+kinds is an error.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from corpus.documents import DataConfig, Input, Record, Report, corpus_records
+from runtime.cli import UserError, one_line
+from runtime.files import write_atomically, write_text
+
+FIELDS = ("datarater_score", "datarater_quantile", "datarater_keep")
+FORMATS = ("jsonl", "parquet")
+
+
+class Shard(NamedTuple):
+  """Consecutive records of the input."""
+
+  number: int
+  records: list[Record]  # empty if they were only counted
+  next: list[int] | None  # (input, index) of the record after them; None at the end
+  documents: int  # documents of the input up to their end
+
+  @property
+  def usable(self) -> list[Record]:
+    return [record for record in self.records if record.document]
+
+
+class About(NamedTuple):
+  """What is kept of a shard when its records are dropped."""
+
+  next: list[int] | None  # as in Shard
+  records: int
+  documents: int  # as in Shard
+  rejects: list[dict[str, Any]]  # file, record, reason
+  read: float  # share of all input files up to the shard's end; 0 if unknown
+  schema: str | None  # of records that are not rows of Parquet, in hexadecimal
+  tokens: int  # scored
+
+
+def read(
+  reading: DataConfig, format: str, size: int, before: list[About], kept: Callable[[int], bool]
+) -> Iterator[Shard]:
+  """Yields the shards of `size` records after those of `before`. The records of a shard whose
+  number is not `kept` are only counted."""
+  counts, place = Report(), (0, 0)
+  if before:
+    counts.records, place = sum(about.records for about in before), before[-1].next
+    for reject in itertools.chain.from_iterable(about.rejects for about in before):
+      counts.skipped[reject["reason"]] += 1
+
+  records = checked(reading, format, counts, tuple(place))
+  number, first = len(before), next(records, None)
+  while first is not None:
+    shard = itertools.chain([first], itertools.islice(records, size - 1))
+    shard = collections.deque(shard, maxlen=None if kept(number) else 0)
+    documents = counts.records - sum(counts.skipped.values())
+    first = next(records, None)  # at the end the share of unusable records is judged
+    yield Shard(number, list(shard), first and list(first[:2]), documents)
+    number += 1
+
+
+def describe(shard: Shard, inputs: list[Input], format: str, tokens: int) -> About:
+  sizes, end = [item.stamp[0] for item in inputs], shard.records[-1]
+  read = (sum(sizes[: end.input]) + sizes[end.input] * end.read) / max(sum(sizes), 1)
+  inferred = [record for record in shard.usable if not isinstance(record.original, tuple)]
+  schema = None
+  if format == "parquet" and inferred:
+    schema = inferred_schema(inferred).serialize().to_pybytes().hex()
+  rejects = [
+    {"file": inputs[x.input].path, "record": x.number, "reason": x.problem}
+    for x in shard.records
+    if x.problem
+  ]
+  read = 0 if math.isnan(read) else read
+  records = len(shard.records)
+  return About(shard.next, records, shard.documents, rejects, read, schema, tokens)
+
+
+def checked(
+  reading: DataConfig, format: str, counts: Report | None = None, start: tuple[int, int] = (0, 0)
+) -> Iterator[Record]:
+  """Yields the records from `start` on; one that cannot be written in the format is unusable."""
+  counts = Report() if counts is None else counts
+  for record in corpus_records(reading, counts, start):
+    if record.document and (problem := unwritable(record, format)):
+      counts.skipped[problem] += 1
+      record = record._replace(document=None, problem=problem)
+    yield record
+
+
+def unwritable(record: Record, format: str) -> str:
+  """Why a usable record cannot be written in that format; "" if it can."""
+  if taken := [name for name in FIELDS if name in record.value]:
+    return f"has a field {taken[0]!r} already"
+  try:
+    if format == "jsonl" and not isinstance(record.original, bytes):
+      json_line(record)
+    elif format == "parquet" and not isinstance(record.original, tuple):
+      pa.array([_value(record)])
+  except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+    return f"cannot be {format} ({type(error).__name__})"
+  return ""
+
+
+def json_line(record: Record) -> bytes:
+  if isinstance(record.original, bytes):
+    return record.original
+  return json.dumps(_value(record), ensure_ascii=False).encode("utf-8")
+
+
+def with_fields(line: bytes, fields: Mapping[str, Any]) -> bytes:
+  """Appends fields to a non-empty JSON object; float32 is written with the shortest digits that
+  round-trip."""
+  more = [f'"{name}": {str(x).lower()}' for name, x in fields.items()]
+  return line[:-1].rstrip() + b", " + ", ".join(more).encode() + b"}\n"
+
+
+def common_schema(schemas: list[pa.Schema]) -> pa.Schema:
+  """The union of their columns, each of a type that holds all its types."""
+  try:
+    return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
+  except pa.ArrowException as error:
+    raise UserError(
+      f"the records have no common Parquet schema ({one_line(error)}): use --format=jsonl"
+    ) from None
+
+
+def file_schema(path: str) -> pa.Schema:
+  try:
+    return pa.parquet.read_schema(path)
+  except (OSError, pa.ArrowException) as error:
+    raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def inferred_schema(records: list[Record]) -> pa.Schema:
+  """The schema of records that are not rows of Parquet."""
+  try:
+    return pa.schema(list(pa.array(map(_value, records)).type))
+  except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+    raise UserError(
+      f"records {records[0].number} to {records[-1].number} have fields of two kinds "
+      f"({one_line(error)}): use --format=jsonl"
+    ) from None
+
+
+def write(
+  path: Path, records: list[Record], columns: dict[str, np.ndarray], schema: pa.Schema | None
+) -> None:
+  """Writes the records and their new fields atomically; JSONL without a schema."""
+  if schema is None:
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    lines = (with_fields(json_line(x), row) for x, row in zip(records, rows, strict=True))
+    write_atomically(path, lambda file: file.writelines(lines))
+    return
+  try:
+    table = _table(records, schema)
+    for name, values in columns.items():
+      table = table.append_column(name, pa.array(values))
+    write_atomically(path, lambda file: pa.parquet.write_table(table, file, compression="zstd"))
+  except pa.ArrowException as error:
+    raise UserError(
+      f"{path.name} cannot be Parquet ({one_line(error)}): use --format=jsonl"
+    ) from None
+
+
+def _table(records: list[Record], schema: pa.Schema) -> pa.Table:
+  parts = [schema.empty_table()]
+  origin = lambda record: id(record.original[0]) if isinstance(record.original, tuple) else None
+  for key, group in itertools.groupby(records, origin):
+    group = list(group)
+    if key is None:
+      array = pa.array(map(_value, group), pa.struct(schema))
+      parts.append(pa.Table.from_struct_array(array))
+    else:
+      rows = [record.original[1] for record in group]
+      parts.append(pa.Table.from_batches([group[0].original[0].take(rows)]))
+  return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _value(record: Record) -> dict:
+  """A record's fields; a piece of a text file has only its text, and gets its id."""
+  if record.original is None and len(record.value) == 1:
+    return {"id": record.document.id} | record.value
+  return record.value
+
+
+def counts(columns: Mapping[str, np.ndarray]) -> dict[str, int]:
+  result = {"documents": len(columns["datarater_score"])}
+  if "datarater_keep" in columns:
+    result["kept"] = int(columns["datarater_keep"].sum())
+  return result
+
+
+def cdf(ordered: np.ndarray) -> dict[str, list[float]]:
+  """The score at 1,001 even quantiles: the lowest that this share of all does not exceed."""
+  places = np.linspace(0, 1, 1001)
+  scores = np.quantile(ordered, places, method="inverted_cdf")
+  return {"quantile": places.round(3).tolist(), "score": scores.astype(float).tolist()}
+
+
+def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
+  """manifest.json: the last file to appear."""
+  write_text(output / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def summary(manifest: dict[str, Any]) -> str:
+  line = f"{manifest['documents']} documents, {manifest['tokens']} tokens"
+  if "kept" in manifest:
+    share = manifest["kept"] / max(manifest["documents"], 1)
+    line += f"; kept {manifest['kept']} ({share:.1%})"
+  reasons = [f"{count} {reason}" for reason, count in manifest["rejected"].items()]
+  return f"{line}\nrecords rejected: {', '.join(reasons) or 'none'}"

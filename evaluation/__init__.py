@@ -1,0 +1,1 @@
+"""Do models train better on what a rater keeps? Policies compared like for like."""

@@ -1,0 +1,204 @@
+"""What evaluate.py trains: its settings, the list of runs, and their FLOPs."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+import selection
+import transformer
+from config import Config as RaterConfig
+from config import make_rater
+from corpus.tokenizer import load_tokenizer
+from evaluation import compare, pretrain
+from kernels import BACKENDS
+from rating import rater_config
+from runtime.cli import check, check_fields, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All that determines the results. Every field is a flag."""
+
+  rater: str = option(
+    "", "workdir of the trained rater, whose data and tokenizer are used", section="Corpus"
+  )
+  data: tuple[str, ...] = option((), "as in train.py; default the rater's, as the next five")
+  outer_data: tuple[str, ...] = option((), "as in train.py")
+  text_field: str | None = option(None, "as in train.py")
+  source_field: str | None = option(None, "as in train.py")
+  noise_field: str | None = option(None, "as in train.py")
+  max_documents: int | None = option(None, "as in train.py", at_least=1)
+
+  models: tuple[str, ...] = option(
+    ("tiny",), "sizes to train", choices=transformer.PRESETS, section="What is compared"
+  )
+  policies: tuple[str, ...] = option(
+    selection.POLICIES, "how training sequences are selected", choices=selection.POLICIES
+  )
+  discard: float = option(
+    0.5, "rho, the share of a pool that each policy but none discards", at_least=0, below=1
+  )
+  sweep_discard: tuple[float, ...] = option(
+    (),
+    "values of rho to try with the smallest model; the best on `selection` replaces --discard",
+    at_least=0,
+    below=1,
+  )
+  seeds: tuple[int, ...] = option((0, 1, 2), "of parameters and order; each policy with each")
+  scorer: str | None = option(
+    None,
+    "size of the perplexity scorer; default the smallest of --models",
+    choices=transformer.PRESETS,
+  )
+
+  batch: int | None = option(
+    None,
+    "N, sequences of a batch; default by size",
+    at_least=1,
+    section="How models are trained",
+  )
+  steps: int | None = option(
+    None, "updates, rounded up to a multiple of --evaluations; default by size", at_least=1
+  )
+  learning_rate: float | None = option(
+    None, "peak of the cosine schedule; default by size", at_least=0
+  )
+  dtype: str = option(
+    "float32", "of activations and matmul inputs", choices=("float32", "bfloat16")
+  )
+  loss_backend: str = option("xla", "kernels of the fused loss", choices=BACKENDS)
+  attention_backend: str = option("xla", "kernels of attention", choices=transformer.ATTENTION)
+
+  evaluations: int = option(
+    20, "points of a learning curve", at_least=1, section="What they are measured on"
+  )
+  eval_sequences: int = option(
+    256, "sequences of each evaluation set, at most, evenly spaced", at_least=1
+  )
+  eval_data: tuple[str, ...] = option((), "more texts for NLL, each name a set (as --data)")
+  benchmarks: tuple[str, ...] = option(
+    (), "folder with multiple-choice tasks, or TASK=FILE, TASK=hf:NAME (multiple_choice.py)"
+  )
+  benchmark_questions: int = option(
+    500, "questions of each task, at most, evenly spaced", at_least=1
+  )
+
+  def __post_init__(self):
+    check(bool(self.rater), "name the folder of a trained rater with --rater")
+    check_fields(self)
+    names = [Path(name).name for name in self.eval_data]
+    check(len(set(names)) == len(names), f"--eval_data has two sets of one name: {names}")
+    for name in ("models", "policies", "seeds"):
+      check(len(getattr(self, name)) > 0, f"--{name} is empty")
+    check("none" in self.policies, "--policies lacks none, the baseline of every comparison")
+    for rho in (self.discard, *self.sweep_discard):
+      check(rho > 0, f"--discard={rho:g} must be above 0")
+
+
+class Run(NamedTuple):
+  """One language model to train."""
+
+  model: str
+  policy: str  # "scorer": the perplexity scorer, unselected batches of the outer split
+  discard: float
+  seed: int
+
+  @property
+  def name(self) -> str:
+    return f"{self.model}-{self.policy}-{self.discard:g}-seed{self.seed}"
+
+
+def sweep_runs(config: Config) -> list[Run]:
+  """The smallest model without and with each discard fraction, with the first seed."""
+  smallest = min(config.models, key=lambda name: costs(config).parameters[name])
+  rhos = [("none", 0.0), *(("datarater", rho) for rho in config.sweep_discard)]
+  return [Run(smallest, *rho, config.seeds[0]) for rho in rhos if config.sweep_discard]
+
+
+def main_runs(config: Config, discard: float) -> list[Run]:
+  return [
+    Run(model, policy, 0.0 if policy == "none" else discard, seed)
+    for model in config.models
+    for policy in config.policies
+    for seed in config.seeds
+  ]
+
+
+def scorer_run(config: Config) -> Run:
+  return Run(costs(config).scorer, "scorer", 0.0, config.seeds[0])
+
+
+@functools.cache
+def costs(config: Config) -> compare.Costs:
+  """Parameters, updates and batch of each size."""
+  settings = rater_settings(config)
+  vocab_size = load_tokenizer(settings.tokenizer).vocab_size
+
+  def parameters(init):
+    return transformer.parameter_count(jax.eval_shape(init, jax.random.PRNGKey(0)))
+
+  count = {
+    size: parameters(language_model(config, size, vocab_size).init)
+    for size in {*config.models, config.scorer} - {None}
+  }
+  recipes = {
+    size: pretrain.RECIPES[size].scaled(
+      parameters,
+      settings.sequence_length,
+      **{k: getattr(config, k) for k in pretrain.Recipe._fields},
+    )
+    for size, parameters in count.items()
+  }
+  rater = parameters(make_rater(settings, vocab_size).init)
+  scorer = config.scorer or min(config.models, key=count.get)
+  return compare.Costs(count, rater, scorer, recipes, settings.sequence_length)
+
+
+def rater_settings(config: Config) -> RaterConfig:
+  """The rater's own configuration, with the corpus of --data if one is named."""
+  settings = rater_config(config.rater)
+  names = ("data", "outer_data", "text_field", "source_field", "noise_field", "max_documents")
+  given = {name: getattr(config, name) for name in names}
+  given = {name: value for name, value in given.items() if value not in (None, ())}
+  if "data" in given:
+    given = {"outer_data": (), "max_documents": None} | given
+  return dataclasses.replace(settings, **given)
+
+
+def plan_text(config: Config) -> str:
+  """What will be trained, with its FLOPs: 6 N D of a model and 2 N a token rated."""
+  c = costs(config)
+  lines = [f"rater: {c.rater:,} parameters; perplexity scorer {c.scorer}"]
+  lines.append(f"{'model':6} {'policy':12} {'rho':>5} {'runs':>4} {'steps':>7} {'TFLOP each':>11}")
+  runs = [*sweep_runs(config), *main_runs(config, config.discard)]
+  if set(config.policies) & set(selection.PERPLEXITY):
+    runs.append(scorer_run(config))
+  kinds = {}
+  for run in dict.fromkeys(runs):
+    kinds.setdefault(run[:3], []).append(run)
+  total = 0
+  for (model, policy, rho), members in kinds.items():
+    flops = c.flops(model, policy, rho)
+    total += flops * len(members)
+    recipe = c.recipes[model]
+    lines.append(
+      f"{model:6} {policy:12} {rho:5.2f} {len(members):4} {recipe.steps:7,} {flops / 1e12:11.4g}"
+    )
+  tokens = {m: r.steps * r.batch * c.sequence_length for m, r in c.recipes.items()}
+  seen = ", ".join(f"{m} {t:,} ({t / c.parameters[m]:.1f} a parameter)" for m, t in tokens.items())
+  lines.append(f"tokens seen by each model: {seen}")
+  also = "; if the sweep picks another rho, as many again for it" if config.sweep_discard else ""
+  return "\n".join([*lines, f"in all {total / 1e12:.4g} TFLOP{also}"])
+
+
+def model_config(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
+  how = dict(dtype=config.dtype, attention_backend=config.attention_backend)
+  return transformer.preset(size, vocab_size, **how)
+
+
+@functools.cache  # equal models share their compiled programs
+def language_model(config: Config, size: str, vocab_size: int) -> transformer.LanguageModel:
+  return transformer.language_model(model_config(config, size, vocab_size), config.loss_backend)

@@ -1,0 +1,171 @@
+"""Trains one language model from scratch: Adam with cosine decay, a learning curve, resume.
+
+The paper's evaluation protocol gives the optimizer, the peak learning rates, steps and batches
+(RECIPES, from 50m on); warm-up, final rate and clipping are ours (BUILD_NOTES.md).
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+import transformer
+from runtime import hosts, sharding
+from runtime.cli import check
+from runtime.workdir import Checkpoints, Metrics, StopSignal
+
+
+class Recipe(NamedTuple):
+  """How a size is trained."""
+
+  learning_rate: float  # peak
+  batch: int  # N, sequences
+  steps: int | None  # None: Chinchilla's 20 tokens per parameter
+  evaluations: int = 20  # points of the curve; they divide the steps
+
+  def scaled(self, parameters: int, sequence_length: int, **overrides) -> "Recipe":
+    """With the overrides that are not None, and steps a multiple of the evaluations."""
+    recipe = self._replace(**{name: v for name, v in overrides.items() if v is not None})
+    steps = recipe.steps or math.ceil(20 * parameters / (recipe.batch * sequence_length))
+    return recipe._replace(steps=math.ceil(steps / recipe.evaluations) * recipe.evaluations)
+
+  @property
+  def steps_per_call(self) -> int:
+    """Steps of one compiled call: at most 50, a divisor of the steps between evaluations."""
+    grain = self.steps // self.evaluations
+    return max(n for n in range(1, min(grain, 50) + 1) if grain % n == 0)
+
+
+RECIPES = {  # the paper's from 50m on
+  "nano": Recipe(3e-3, 16, None),
+  "tiny": Recipe(3e-3, 16, None),
+  "mini": Recipe(3e-3, 16, None),
+  "small": Recipe(2e-3, 16, None),
+  "50m": Recipe(1e-3, 128, 5_000),
+  "150m": Recipe(1e-3, 128, 12_000),
+  "400m": Recipe(1e-3, 128, 30_000),
+  "1b": Recipe(2e-4, 256, 48_000),
+}
+
+
+class LMState(NamedTuple):
+  params: Any
+  opt_state: Any
+  step: jax.Array
+
+
+def pretrain(
+  folder: Path,
+  model: transformer.LanguageModel,
+  recipe: Recipe,
+  seed: int,
+  batches_from: Callable[[int], Iterator[transformer.Batch]],
+  measure: Callable[[Any], dict],
+  progress: bool = True,
+) -> None:
+  """Trains to recipe.steps, from the folder's last checkpoint if it has one.
+
+  The folder gets curve.jsonl (a line per evaluation: step, train, and the result of
+  `measure(params)`), checkpoints/ and, at the end, `done`. Interruptions do not change its bytes.
+
+  Args:
+    batches_from: call number -> batches [steps_per_call, N, S] from there on, a function of it.
+  """
+  if hosts.as_leader((folder / "done").exists()):
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  checkpoints = Checkpoints(folder)
+  state = checkpoints.restore_latest(init(model, recipe, seed))
+  start, per_call = int(state.step), recipe.steps_per_call
+  curve = Metrics(folder / "curve.jsonl" if hosts.is_leader() else None, start)
+  batches = batches_from(start // per_call)
+  bar = tqdm.tqdm(
+    total=recipe.steps, initial=start, unit="step", desc=folder.name, disable=not progress
+  )
+  stop, saved, losses = StopSignal(), time.monotonic(), []
+  for step in range(start + per_call, recipe.steps + 1, per_call):
+    batch = sharding.shard(next(batches), None, "data")
+    state, losses_C = train_steps(model, recipe, state, batch)
+    losses.append(losses_C)
+    bar.update(per_call)
+    if step % (recipe.steps // recipe.evaluations):
+      continue
+    loss = float(np.mean(losses))
+    if not np.isfinite(loss):
+      bar.close()
+    check(np.isfinite(loss), f"{folder.name} diverged before step {step}: lower --learning_rate")
+    curve.append({"step": step, "train": loss} | measure(state.params))
+    losses.clear()
+    bar.set_postfix_str(f"train {loss:.3f}")
+    stopping = hosts.any_host(stop.requested)
+    if step == recipe.steps or stopping or hosts.as_leader(time.monotonic() > saved + 60):
+      checkpoints.save(step, state)
+      saved = time.monotonic()
+    if stopping and step < recipe.steps:
+      bar.close()
+      checkpoints.close()
+      hosts.say(f"stopped: checkpoint written after step {step}; start again to resume")
+      raise SystemExit(0)
+  bar.close()
+  checkpoints.close()
+  stop.close()
+  if hosts.is_leader():
+    (folder / "done").touch()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_steps(model: transformer.LanguageModel, recipe: Recipe, state: LMState, batches):
+  """One step per batch of [C, N, S]; (state, losses [C]). Runs of a model share the program."""
+
+  def step(state, batch):
+    weights_B = jnp.full(recipe.batch, 1 / recipe.batch)
+    gradient, nll_B = jax.grad(model.loss, has_aux=True)(state.params, weights_B, batch)
+    updates, opt_state = adam(recipe).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return LMState(params, opt_state, state.step + 1), nll_B.mean()
+
+  state, losses_C = jax.lax.scan(step, state, batches)
+  return sharding.constrain_state(state), sharding.replicate(losses_C)
+
+
+def init(model: transformer.LanguageModel, recipe: Recipe, seed: int) -> LMState:
+  """Fresh parameters, a function of the seed alone."""
+
+  def fresh(key):
+    params = model.init(key)
+    return sharding.constrain_state(LMState(params, adam(recipe).init(params), jnp.int32(0)))
+
+  return jax.jit(fresh)(jax.random.PRNGKey(seed))
+
+
+def trained(folder: Path, model: transformer.LanguageModel, recipe: Recipe) -> Any:
+  """The parameters of the last checkpoint."""
+  return Checkpoints(folder).restore_latest(init(model, recipe, 0)).params
+
+
+def adam(recipe: Recipe) -> optax.GradientTransformation:
+  """Linear warm-up over 2% of the steps, cosine decay to a tenth; gradients clipped to norm 1."""
+  peak, warmup = recipe.learning_rate, max(1, recipe.steps // 50)
+  schedule = optax.warmup_cosine_decay_schedule(0, peak, warmup, recipe.steps, peak / 10)
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_nll(model: transformer.LanguageModel, params, rows: transformer.Batch) -> jax.Array:
+  """NLL in nats per token of rows [blocks, rows, S]: every counted token weighs the same."""
+
+  def block(batch):
+    nll_B = model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]
+    count_B = transformer.next_token_targets(batch)[1].sum(-1)
+    return (nll_B * count_B).sum(), count_B.sum()
+
+  total, count = jax.lax.map(block, rows)
+  return sharding.replicate(total.sum() / jnp.maximum(count.sum(), 1))

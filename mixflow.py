@@ -1,0 +1,298 @@
+"""MixFlow-MG: the gradient of an inner loop by mixed-mode differentiation (arXiv 2505.00793).
+
+Reverse mode through g_t = d loss / d theta would store the activations of a backward pass. The
+Hessian is symmetric, so for a cotangent u of g_t one forward-mode derivative along u
+
+  d/d eps (d loss/d theta, d loss/d meta)(theta + eps u)  =  (H u, u^T d^2 loss/d theta d meta)
+
+gives both cotangents. Reverse mode is left only for the element-wise optimizer Theta. Saved are
+every g_t and every SEGMENT-th state; the states between are recomputed from them by Theta alone.
+
+`inner_loop.unroll` is the loop that this differentiates. Cotangents are flat lists over the
+floating-point leaves of a tree.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SEGMENT = 8  # steps between two saved states
+
+
+class Mode(NamedTuple):
+  hessian: bool = True  # False drops H u: the first-order ablation
+  offload: bool = False  # saved arrays wait in host memory
+  save_matmuls: bool = False  # also save the results of each step's matmuls, forward and backward
+
+
+MODES = {
+  "mixed": Mode(),
+  "mixed_offload": Mode(offload=True),
+  "mixed_save": Mode(save_matmuls=True),
+  "first_order": Mode(hessian=False),
+}
+
+
+class Inner(NamedTuple):
+  """An inner step and how its derivative is formed."""
+
+  loss_fn: Callable  # (params, meta, batch) -> (loss, aux)
+  update: Callable  # Theta: (state, g, meta) -> state; a state is a tuple (params, opt_state)
+  mode: Mode
+
+
+def unroll(inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool) -> tuple[Any, Any]:
+  """T inner steps, in segments whose derivative is mixed-mode; see `inner_loop.unroll`."""
+  x, T = (metas, batches), _length(batches)
+  segment = _saving_step if inner.mode.save_matmuls else _segment
+  length = 1 if inner.mode.save_matmuls else SEGMENT
+  first = (T - 1) % length + 1  # the first segment may be shorter
+  state, aux = segment(inner, truncated, True)(state, jax.tree.map(lambda x: x[:first], x))
+  if first == T:
+    return state, aux
+  rest = jax.tree.map(lambda x: x[first:].reshape(-1, length, *x.shape[1:]), x)
+  # Unrolled, since a loop would copy the saved matmuls into and out of stacked arrays, and XLA
+  # cannot move arrays to the host from a loop within a loop.
+  unrolled = inner.mode.save_matmuls or inner.mode.offload
+  state, later = jax.lax.scan(segment(inner, False, False), state, rest, unroll=unrolled)
+  join = lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])])
+  return state, jax.tree.map(join, aux, later)
+
+
+def fits_one_segment(mode: str, batches: Any) -> bool:
+  return not MODES[mode].save_matmuls and _length(batches) <= SEGMENT
+
+
+def window_gradient(
+  inner: Inner, outer_loss: Callable, state: Any, metas: Any, batches: Any
+) -> tuple[jax.Array, Any, Any, Any]:
+  """`inner_loop.window_gradient` of at most SEGMENT steps. The final state is recomputed after the
+  backward pass rather than kept during it."""
+  (end, aux), saved = _forward(inner, True, state, (metas, batches))
+  value, d_params = jax.value_and_grad(outer_loss)(end.params)
+  d_opt_state = jax.tree.map(jnp.zeros_like, _floating(end.opt_state))
+  _, d_metas = _backward(inner, saved, jax.tree.leaves(d_params) + d_opt_state, truncated=True)
+  _, (start, grads) = jax.lax.optimization_barrier(((value, d_metas), saved[:2]))
+  end = _recompute(inner, Saved(start, grads, saved.x), _length(batches))
+  return value, _cotangent(metas, d_metas), end, aux
+
+
+# A segment: the forward pass keeps the first state and every g_t, the backward pass recomputes.
+
+
+class Saved(NamedTuple):
+  start: Any  # the state before the first step
+  grads: tuple[Any, Any]  # g_0, and g_1, ... with a leading axis
+  x: tuple[Any, Any]  # metas, batches [T]
+
+
+def _segment(inner, truncated, is_first):
+  """(state, (metas, batches)) -> (state, aux) with a mixed-mode derivative.
+
+  is_first: the caller keeps the state before these steps in any case, so it is not offloaded."""
+  forward = partial(_forward, inner, is_first)
+  rule = jax.custom_vjp(lambda state, x: forward(state, x)[0])
+
+  def backward(saved, cotangent):
+    of_end = [x for x in jax.tree.leaves(cotangent[0]) if x.dtype != jax.dtypes.float0]
+    of_start, of_metas = _backward(inner, saved, of_end, truncated)
+    of_start = None if truncated else _cotangent(saved.start, of_start)
+    return of_start, (_cotangent(saved.x[0], of_metas), None)
+
+  rule.defvjp(forward, backward)
+  return rule
+
+
+def _forward(inner, keep_start, state, x):
+  """((state, aux), Saved)."""
+  to_host = _to_host if inner.mode.offload else lambda tree: tree
+
+  def step(state, x):
+    meta, batch = x
+    g, aux = jax.grad(inner.loss_fn, has_aux=True)(state.params, meta, batch)
+    return inner.update(state, g, meta), (aux, to_host(g))
+
+  start = state if keep_start else to_host(state)
+  x_0, later = _first_and_later(x)
+  state, (aux_0, g_0) = step(state, x_0)
+  state, (aux, grads) = jax.lax.scan(step, state, later)
+  return (state, _join(aux_0, aux)), Saved(start, (g_0, grads), x)
+
+
+def _backward(inner, saved, cotangent, truncated):
+  """Cotangent of the state after the steps -> those of the state before them and of metas [T].
+
+  truncated: the state before them is a constant, so the first step needs no H u."""
+
+  def step(cotangent, x):
+    t, g, x_t = x
+    return _step_backward(inner, saved, cotangent, t, g, x_t)
+
+  (g_0, grads), (x_0, later) = saved.grads, _first_and_later(saved.x)
+  ts = jnp.arange(1, _length(saved.x))
+  cotangent, of_metas = jax.lax.scan(step, cotangent, (ts, grads, later), reverse=True)
+  cotangent, of_meta_0 = _step_backward(inner, saved, cotangent, 0, g_0, x_0, truncated)
+  return cotangent, _join(of_meta_0, of_metas)
+
+
+def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
+  """Step t: cotangent of the state after it -> (of the state before it, of its meta)."""
+  meta, batch = x
+  theta = slice(len(jax.tree.leaves(saved.start.params)))  # theta's part of a state's cotangent
+
+  def recompute(after):
+    """(state before step t, g_t), not formed before `after` is."""
+    _, (start, grads, g_t) = jax.lax.optimization_barrier((after, (*saved[:2], g)))
+    return _recompute(inner, Saved(start, grads, saved.x), t), _to_device(g_t)
+
+  # Recomputed twice, so that only theta_t is live during the HVP, where memory peaks. The barriers
+  # stop XLA from reusing, hence keeping, the states of the forward pass.
+  state, g_t = recompute(cotangent[theta])
+  u, of_meta = _pull_back(partial(inner.update, state), g_t, meta)(cotangent)
+  hessian = inner.mode.hessian and not constant_theta
+  hessian_u, by_loss = _hessian_vector_product(inner, state.params, meta, batch, u, hessian)
+  of_meta = [a + b for a, b in zip(of_meta, by_loss, strict=True)]
+  if constant_theta:
+    return None, of_meta
+  state, g_t = recompute((hessian_u, by_loss))
+  (cotangent,) = _pull_back(lambda state: inner.update(state, g_t, meta), state)(cotangent)
+  if hessian:
+    cotangent[theta] = [a + b for a, b in zip(cotangent[theta], hessian_u, strict=True)]
+  return cotangent, of_meta
+
+
+def _recompute(inner, saved, t):
+  """The state before step t, by Theta from the first one. t: an int, or traced and at least 1."""
+  state = _to_device(saved.start)
+  if isinstance(t, int) and t == 0:
+    return state
+
+  def step(state, x):
+    i, g, meta = x
+    new = inner.update(state, _to_device(g), meta)
+    return jax.tree.map(partial(jnp.where, i < t), new, state), None
+
+  (g_0, grads), (meta_0, metas) = saved.grads, _first_and_later(saved.x[0])
+  state = inner.update(state, _to_device(g_0), meta_0)
+  return jax.lax.scan(step, state, (jnp.arange(1, 1 + _length(grads)), grads, metas))[0]
+
+
+def _hessian_vector_product(inner, params, meta, batch, u, hessian):
+  """(H u, or [] without `hessian`; u^T d^2 loss / d theta d meta): forward over reverse mode."""
+  u = jax.tree.unflatten(jax.tree.structure(params), u)
+  gradients = lambda params: _gradients(inner, params, meta, batch, hessian)[0]
+  _, (hessian_u, of_meta) = jax.jvp(gradients, (params,), (u,))
+  return jax.tree.leaves(hessian_u), of_meta
+
+
+def _gradients(inner, params, meta, batch, hessian):
+  """((d loss / d theta or None, d loss / d meta), (d loss / d theta, aux)): the first pair is what
+  the backward pass differentiates along u."""
+
+  def loss(params, floating):
+    return inner.loss_fn(params, _replace_floating(meta, floating), batch)
+
+  gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+  (g, of_meta), aux = gradient(params, _floating(meta))
+  return (g if hessian else None, of_meta), (g, aux)
+
+
+def _saving_step(inner, truncated, is_first):
+  """A segment of one step whose matmul results are saved: `mixed_save`."""
+  del is_first
+  gradient = _saving_gradient(inner, hessian=not truncated)
+
+  def step(state, x):
+    meta, batch = jax.tree.map(lambda x: x[0], x)
+    g, aux = gradient(state.params, meta, jax.lax.stop_gradient(batch))
+    aux = jax.tree.map(lambda a: a[None], jax.lax.stop_gradient(aux))
+    return inner.update(state, g, meta), aux
+
+  return step
+
+
+def _saving_gradient(inner, hessian):
+  """d loss / d params, which keeps the results of its matmuls for its derivative."""
+
+  def gradient(params, meta, batch):
+    return jax.grad(inner.loss_fn, has_aux=True)(params, meta, batch)
+
+  def forward(params, meta, batch):
+    # Element-wise operations are cheaper to repeat than to keep.
+    at_params = jax.checkpoint(
+      lambda params: _gradients(inner, params, meta, batch, hessian),
+      policy=jax.checkpoint_policies.dots_saveable,
+      prevent_cse=False,
+    )
+    _, derivative, outputs = jax.linearize(at_params, params, has_aux=True)
+    return outputs, (derivative, params, meta)
+
+  def backward(residuals, cotangents):
+    derivative, params, meta = residuals
+    hessian_u, of_meta = derivative(cotangents[0])
+    if not hessian:
+      hessian_u = jax.tree.map(jnp.zeros_like, params)
+    return hessian_u, _cotangent(meta, of_meta), None
+
+  rule = jax.custom_vjp(gradient)
+  rule.defvjp(forward, backward)
+  return rule
+
+
+def _pull_back(function, *primals):
+  """jax.vjp for trees with integer leaves, on lists of floating-point cotangents."""
+
+  def of_floating(*floating):
+    restored = [_replace_floating(*pair) for pair in zip(primals, floating, strict=True)]
+    return _floating(function(*restored))
+
+  return jax.vjp(of_floating, *map(_floating, primals))[1]
+
+
+def _is_floating(x):
+  return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _floating(tree):
+  """The floating-point leaves."""
+  return [x for x in jax.tree.leaves(tree) if _is_floating(x)]
+
+
+def _replace_floating(tree, floating):
+  """The tree with other floating-point leaves."""
+  floating = iter(floating)
+  return jax.tree.map(lambda x: next(floating) if _is_floating(x) else x, tree)
+
+
+def _cotangent(tree, floating):
+  """The tree's cotangent: zeros of type float0 for the leaves that are not floating-point."""
+  floating = iter(floating)
+  zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+  return jax.tree.map(lambda x: next(floating) if _is_floating(x) else zero(x), tree)
+
+
+def _to_host(tree):
+  # Arrays only: TPUs refuse to keep scalars, like Adam's count, in host memory.
+  move = lambda x: jax.device_put(x, jax.memory.Space.Host) if jnp.ndim(x) else x
+  return jax.tree.map(move, tree)
+
+
+def _to_device(tree):
+  move = lambda x: jax.device_put(x, jax.memory.Space.Device) if jnp.ndim(x) else x
+  return jax.tree.map(move, tree)
+
+
+def _first_and_later(tree):
+  return jax.tree.map(lambda x: x[0], tree), jax.tree.map(lambda x: x[1:], tree)
+
+
+def _join(first, later):
+  return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
+
+
+def _length(tree):
+  return len(jax.tree.leaves(tree)[0])

@@ -1,0 +1,198 @@
+"""A trained rater and the scores it gives: the one way to phi_eta of a text.
+
+  score = load_rater("runs/demo")
+  score(["A text to be rated."])     # [1] float32
+
+A document's score is phi_eta of its pieces of at most S tokens (cut as for training: a last piece
+of fewer than 16 tokens is dropped), averaged with the pieces' tokens as weights. Pieces go to the
+shortest of four lengths S/8, S/4, S/2, S that holds them, in batches of a fixed number of tokens:
+four compiled programs, little padding. A score depends on its document alone, not on its batch.
+
+Axes: n documents, B rows of a batch, R rows of a split.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+
+from config import Config, make_rater
+from corpus.batches import Split, cut
+from corpus.tokenizer import Tokenizer, load_tokenizer
+from kernels import attention
+from runtime import cli, sharding
+from runtime.cli import check
+from runtime.workdir import Checkpoints
+from transformer import Batch, parameter_count
+
+Score = Callable[[Batch], jax.Array]  # phi_eta: [B, S] -> [B] float32
+
+
+class TrainedRater(NamedTuple):
+  """The rater of a workdir, with all it takes to rate text as it was trained to."""
+
+  config: Config  # of the run that trained it
+  tokenizer: Tokenizer
+  eta: Any
+  apply: Callable[[Any, Batch], jax.Array]  # jitted: (eta, [B, S]) -> [B] float32
+  parameters: int
+  fingerprint: str  # of eta, its architecture and its tokenizer
+
+  def score(self, batch: Batch) -> jax.Array:
+    """phi_eta [B] float32."""
+    return self.apply(self.eta, sharding.shard(batch, "data"))
+
+
+def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarray]:
+  """The rater of a workdir as a function from texts to scores [n] float32."""
+  rater = open_rater(workdir)
+
+  def score(texts: Iterable[str]) -> np.ndarray:
+    if isinstance(texts, str):
+      raise TypeError("give a list of texts: score([text])")
+    return score_texts(rater.score, list(texts), rater.tokenizer, rater.config.sequence_length)[0]
+
+  return score
+
+
+def open_rater(workdir: str | os.PathLike) -> TrainedRater:
+  """The rater of the last checkpoint in a finished or running workdir, on every device in use.
+
+  Raises:
+    UserError: the folder holds no run, or no checkpoint yet.
+  """
+  workdir, config = Path(workdir), rater_config(workdir)
+  tokenizer = load_tokenizer(config.tokenizer)
+  if not attention.runs_here(config.attention_backend):  # trained on another kind of device
+    config = dataclasses.replace(config, attention_backend="xla")
+  rater = make_rater(config, tokenizer.vocab_size)
+  template = jax.eval_shape(rater.init, jax.random.PRNGKey(0))
+  eta = Checkpoints(workdir).restore_field("eta", template)
+  digest = hashlib.blake2b(f"{config.rater} {config.dtype} {tokenizer.fingerprint}".encode())
+  for leaf in jax.tree.leaves(jax.device_get(eta)):
+    digest.update(np.ascontiguousarray(leaf))
+  return TrainedRater(
+    config,
+    tokenizer,
+    sharding.shard(eta),
+    jax.jit(lambda eta, batch: sharding.replicate(rater.score(eta, batch))),
+    parameter_count(eta),
+    digest.hexdigest()[:16],
+  )
+
+
+def rater_config(workdir: str | os.PathLike) -> Config:
+  """The configuration of the run in a workdir."""
+  path = Path(workdir) / "config.json"
+  check(path.exists(), f"{workdir} holds no run of train.py: no config.json in it")
+  return cli.from_values(Config, json.loads(path.read_text())["config"])
+
+
+def score_texts(
+  score: Score,
+  texts: list[str],
+  tokenizer: Tokenizer,
+  sequence_length: int,
+  score_batch: int = 64,
+) -> tuple[np.ndarray, int]:
+  """(scores [n] float32 of the texts, the number of tokens scored)."""
+  rows = make_rows(texts, tokenizer, sequence_length, score_batch)
+  return score_rows(score, rows, len(texts)), sum(int(x.tokens.sum()) for x in rows)
+
+
+class Rows(NamedTuple):
+  """One batch of pieces, padded to one of the lengths."""
+
+  batch: Batch  # [B, length] int32
+  index: np.ndarray  # [B] int32: the document of each piece; -1 for a row of padding
+  tokens: np.ndarray  # [B] int32: tokens of the piece
+
+
+def lengths(sequence_length: int) -> list[int]:
+  """The lengths that pieces are padded to: S/8, S/4, S/2 and S, rounded up."""
+  return sorted({-(-sequence_length // part) for part in (8, 4, 2, 1)})
+
+
+def make_rows(
+  texts: list[str], tokenizer: Tokenizer, sequence_length: int, score_batch: int
+) -> list[Rows]:
+  """All pieces of the texts, in batches of score_batch * S tokens: long pieces first, pieces of one
+  length in the order of the texts."""
+  buckets = {length: [] for length in lengths(sequence_length)}
+  for index, tokens in enumerate(tokenizer.encode(texts)):
+    for piece in cut(tokens, sequence_length):
+      length = next(length for length in buckets if len(piece) <= length)
+      buckets[length].append((index, piece))
+  result = []
+  for length, pieces in reversed(buckets.items()):
+    rows = score_batch * sequence_length // length
+    for start in range(0, len(pieces), rows):
+      result.append(pad_pieces(pieces[start : start + rows], rows, length, tokenizer.pad))
+  return result
+
+
+def score_rows(
+  score: Score,
+  rows: list[Rows],
+  documents: int,
+  scored: Callable[[Rows], None] = lambda rows: None,
+) -> np.ndarray:
+  """Scores [n] float32 of the documents whose pieces are all in `rows`; calls `scored` with each
+  batch once its scores are there."""
+  total, count = np.zeros((2, documents))
+  for part, scores in zip(rows, _results(score, (part.batch for part in rows)), strict=True):
+    real = part.index >= 0
+    index, tokens = part.index[real], part.tokens[real].astype(np.float64)
+    np.add.at(total, index, scores[real] * tokens)
+    np.add.at(count, index, tokens)
+    scored(part)
+  return (total / np.maximum(count, 1)).astype(np.float32)
+
+
+def score_sequences(
+  score: Score, split: Split | Batch, rows: np.ndarray, progress: str | None = None
+) -> np.ndarray:
+  """Scores [R] float32 of packed sequences, the given rows of a split.
+
+  Args:
+    progress: title of a progress bar; None shows none.
+  """
+  size = 128
+  chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+
+  def batches():
+    for chunk in tqdm.tqdm(chunks, progress, unit=" batches", disable=progress is None):
+      padded = np.resize(chunk, size)  # one shape, one compiled program
+      yield Batch(*(np.asarray(x[padded], np.int32) for x in (split.tokens, split.segments)))
+
+  scores = list(_results(score, batches()))
+  return np.concatenate([np.zeros(0, np.float32), *scores])[: len(rows)]
+
+
+def _results(score: Score, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+  """Scores of each batch, read two batches late, so that the device never waits for the host."""
+  pending = collections.deque()
+  for batch in batches:
+    pending.append(score(batch))
+    if len(pending) > 2:
+      yield np.asarray(pending.popleft())
+  while pending:
+    yield np.asarray(pending.popleft())
+
+
+def pad_pieces(pieces: list[tuple[int, np.ndarray]], rows: int, length: int, pad: int) -> Rows:
+  """Pieces [(document, tokens)] as one batch [rows, length]."""
+  tokens = np.full((rows, length), pad, np.int32)
+  index, count = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+  for row, (document, piece) in enumerate(pieces):
+    tokens[row, : len(piece)], index[row], count[row] = piece, document, len(piece)
+  segments = (np.arange(length) < count[:, None]).astype(np.int32)
+  return Rows(Batch(tokens, segments), index, count)

@@ -1,0 +1,30 @@
+"""What a CPU run needs outside JAX."""
+
+import ctypes
+import importlib.util
+import os
+import sys
+
+
+def keep_freed_memory() -> bool:
+  """Stops glibc from returning XLA's temporary buffers to the kernel after every call (1.2-1.35x).
+
+  Call it first in a command, before JAX starts threads. One arena, no mmap for large blocks, no
+  trimming: the process keeps its peak. Does nothing, and returns False, without glibc or where a
+  GPU or TPU plugin is installed: one arena slows XLA's compiler threads.
+  """
+  plugins = any(map(importlib.util.find_spec, ("libtpu", "jax_cuda13_plugin")))
+  if not sys.platform.startswith("linux") or (plugins and os.environ.get("JAX_PLATFORMS") != "cpu"):
+    return False
+  libc = ctypes.CDLL(None)
+  if not hasattr(libc, "gnu_get_libc_version"):
+    return False
+  M_ARENA_MAX, M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD = -8, -4, -2, -1
+  for option, value in (
+    (M_ARENA_MAX, 1),
+    (M_MMAP_MAX, 0),
+    (M_TRIM_THRESHOLD, -1),
+    (M_TOP_PAD, 2**28),
+  ):
+    libc.mallopt(option, value)
+  return True

@@ -1,0 +1,159 @@
+"""Several hosts as one run: jax.distributed, and what only one host does.
+
+  python train.py --workdir=/shared/run --coordinator=host0:1234 --num_processes=2 --process_id=0
+  python train.py --workdir=/shared/run --coordinator=host0:1234 --num_processes=2 --process_id=1
+
+or --coordinator=auto on all hosts of a Slurm job, a GKE job set or a Cloud TPU slice. Hosts run the
+same program with the same flags and share the workdir. Each reads the sequences of its own devices
+(curate.py: scores its own shards); the leader (process 0) writes metrics and reports. If one host
+dies, the others stop within `heartbeat` seconds; started again, the run resumes from its last
+checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from runtime.cli import UserError, check, one_line, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """Flags of a command that runs on several hosts."""
+
+  coordinator: str | None = option(
+    None, "HOST:PORT of process 0, or auto on a cluster", section="Several hosts"
+  )
+  num_processes: int | None = option(None, "number of hosts")
+  process_id: int | None = option(None, "number of this host, from 0")
+  heartbeat: int = option(100, "seconds after which a silent host counts as dead")
+
+
+def start(hosts: Hosts) -> None:
+  """Joins the run; call it before anything else of JAX. Does nothing without a coordinator.
+
+  Raises:
+    UserError: flags are missing or contradict each other, or the other hosts do not come.
+  """
+  coordinator, processes, process = hosts.coordinator, hosts.num_processes, hosts.process_id
+  if coordinator is None:
+    check(
+      processes is None and process is None,
+      "--num_processes and --process_id go with --coordinator=HOST:PORT of process 0",
+    )
+    return
+  if coordinator == "auto":
+    check(
+      processes is None and process is None,
+      "--coordinator=auto finds out --num_processes and --process_id itself: leave them out",
+    )
+    cluster = {}
+  else:
+    check(
+      processes is not None and process is not None and 0 <= process < processes,
+      f"--coordinator={coordinator} needs --num_processes={processes} and "
+      f"--process_id={process}, 0 <= process_id < num_processes",
+    )
+    cluster = dict(coordinator_address=coordinator, num_processes=processes, process_id=process)
+  try:
+    jax.distributed.initialize(**cluster, heartbeat_timeout_seconds=hosts.heartbeat)
+  except (ValueError, RuntimeError) as error:
+    raise UserError(
+      f"--coordinator={coordinator} does not start the run's hosts "
+      f"({str(error).splitlines()[0][:200]}): check that process 0 can be reached there and that "
+      "each host has its own --process_id"
+    ) from None
+
+
+def is_leader() -> bool:
+  """True on the one host that writes what all of them know."""
+  return jax.process_index() == 0
+
+
+def say(*text: Any) -> None:
+  """Prints, on the leader only."""
+  if is_leader():
+    print(*text, flush=True)
+
+
+def leader_first(function: Callable[[], Any]) -> Any:
+  """Calls it on the leader, then on the others, which see the files that the leader wrote."""
+  result = function() if is_leader() else None
+  wait_for_all("leader first")
+  return result if is_leader() else function()
+
+
+def wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def as_leader(flag: bool) -> bool:
+  """The leader's answer, on all hosts: all must take the same branch."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def any_host(flag: bool) -> bool:
+  """True on all hosts if it is true on any."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def agree_on(folder: Path, files: Any) -> None:
+  """Barrier that raises unless all hosts found the same files in `folder`, since each derives its
+  work from them.
+
+  Raises:
+    UserError: hosts see different files.
+  """
+  if jax.process_count() == 1:
+    return
+  digest = hashlib.blake2b(repr(files).encode(), digest_size=16).digest()
+  own = np.frombuffer(digest, np.uint8)
+  check(
+    bool((multihost_utils.process_allgather(own) == own).all()),
+    f"the hosts see different files in {folder}: let it be one folder that they share",
+  )
+
+
+@contextlib.contextmanager
+def stop_together() -> Iterator[None]:
+  """Exits immediately on an error. JAX's shutdown would deadlock: it waits for all hosts, which
+  wait for this one. The others then fail by their collectives or the missing heartbeat."""
+  try:
+    yield
+  except BaseException as error:
+    if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+      raise  # asked to stop, all hosts end in the same place
+    status = _report(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _report(error: BaseException) -> int:
+  if isinstance(error, UserError):
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  traceback.print_exception(error)
+  # A lost host shows as several types of error: it cannot be told from other failures.
+  print(
+    f"error: process {jax.process_index()} of {jax.process_count()} cannot continue "
+    f"({one_line(error)}): if another host has died, see its output; start all of them again with "
+    "the same flags to resume from the last checkpoint",
+    file=sys.stderr,
+  )
+  return 1

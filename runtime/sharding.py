@@ -1,0 +1,203 @@
+"""Where each array lies on a mesh of devices: pure functions, used inside traced code.
+
+On one device nothing here does anything. On several the run is traced under `jax.set_mesh(mesh)`.
+XLA partitions the axis `data` from the shardings of the inputs. `population` is partitioned by hand
+(`over_population`): members run in turn, and a loop over a sharded axis would gather them.
+Gradients, weights and losses are those of the global batch.
+
+Axes: N inner models, B sequences, V vocabulary, D model width.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("population", "data")
+REPLICATED, DATA = PartitionSpec(), PartitionSpec("data")
+LARGE = 2**16  # elements; arrays of one model from this size on are sharded over `data`
+
+
+def axis_size(axis: str) -> int:
+  """Size of an axis of the mesh under which the caller is traced; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[axis]
+
+
+def over_population(function: Callable) -> Callable:
+  """Runs `function(shared, *members) -> (members, sums)` on each population shard by itself.
+
+  Arrays of members have the axis N first. `sums` over a shard's members come back as sums over all
+  members; shards do not wait for each other before that.
+  """
+
+  def on_shard(shared, *members):
+    members, sums = function(shared, *members)
+    return members, jax.lax.psum(sums, "population")
+
+  def spread(shared, *members):
+    if axis_size("population") == 1:
+      return function(shared, *members)
+    by_member = PartitionSpec("population")
+    return jax.shard_map(
+      on_shard,
+      in_specs=(REPLICATED, *[by_member] * len(members)),
+      out_specs=(by_member, REPLICATED),
+      axis_names={"population"},
+      check_vma=False,  # Pallas outputs do not say over which axes they vary
+    )(shared, *members)
+
+  return spread
+
+
+def local_index(i: jax.Array, n: int) -> jax.Array:
+  """Index of inner model i of n within its population shard."""
+  size = axis_size("population")
+  return i if size == 1 else i % (n // size)
+
+
+def constrain_batch(x_B: jax.Array) -> jax.Array:
+  """Shards the first axis of x over `data`, so that XLA gathers the parameters of a layer and not
+  its activations."""
+  if axis_size("data") == 1 or len(x_B) % axis_size("data"):
+    return x_B
+  return jax.lax.with_sharding_constraint(x_B, DATA)
+
+
+def lookup(table_VD: jax.Array, index_B: jax.Array) -> jax.Array:
+  """table[index], on each data shard for its own sequences; XLA would gather all gradients."""
+  if len(index_B) % axis_size("data"):  # a model is initialized on a batch of one
+    return table_VD[index_B]
+  return _by_data_shard(lambda table, index: table[index], (REPLICATED, DATA), DATA)(
+    table_VD, index_B
+  )
+
+
+def shard_loss(loss: Callable) -> Callable:
+  """Runs `loss(hidden [n, D], unembedding [V, D], targets [n], weights [n]) -> (sum, nll [n])` on
+  each data shard, for its own tokens and the whole unembedding. XLA cannot partition the kernels,
+  and would loop over a sharded axis."""
+
+  def on_shard(*arguments):
+    total, nll = loss(*arguments)
+    return (jax.lax.psum(total, "data") if axis_size("data") > 1 else total), nll
+
+  return _by_data_shard(on_shard, (DATA, REPLICATED, DATA, DATA), (REPLICATED, DATA))
+
+
+def by_sequence(function: Callable) -> Callable:
+  """Runs `function` of arrays [B, ...] on each data shard for its own sequences: for kernels, which
+  XLA cannot partition."""
+
+  def spread(*arrays):
+    where = REPLICATED if len(arrays[0]) % axis_size("data") else DATA
+    return _by_data_shard(function, (where,) * len(arrays), where)(*arrays)
+
+  return spread
+
+
+def _by_data_shard(function, in_specs, out_specs):
+  """Outside `over_population`, every population shard repeats the computation."""
+
+  def spread(*arguments):
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not axes:
+      return function(*arguments)
+    return jax.shard_map(
+      function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )(*arguments)
+
+  return spread
+
+
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """The context in which a run's programs are traced; none on one device."""
+  return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def constrain_state(state: Any) -> Any:
+  """Lays a state out as `state_shardings` says, inside a traced function."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return state
+  return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
+
+
+def replicate(x: Any) -> Any:
+  """Gives every device the whole arrays, inside a traced function."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, REPLICATED)
+
+
+def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
+  """Shardings of a NamedTuple of arrays or ShapeDtypeStructs; None on one device.
+
+  The field `members` (axis N first) lies over `population`; of a large array in `members`, `eta`,
+  `params` or `opt_state`, the largest axis that divides lies over `data`. The rest is replicated.
+  """
+  if mesh.size == 1:
+    return None
+
+  def shard(x, lead=()):
+    shape = x.shape[len(lead) :]
+    axes = [None] * len(shape)
+    fitting = [i for i, size in enumerate(shape) if size % mesh.shape["data"] == 0]
+    if math.prod(shape) >= large and fitting:
+      axes[max(fitting, key=lambda i: shape[i])] = "data"
+    return NamedSharding(mesh, PartitionSpec(*lead, *axes))
+
+  rules = dict.fromkeys(("eta", "params", "opt_state"), shard)
+  rules["members"] = lambda x: shard(x, ("population",))
+  replicated = lambda _: NamedSharding(mesh, REPLICATED)
+  fields = {k: jax.tree.map(rules.get(k, replicated), v) for k, v in state._asdict().items()}
+  return type(state)(**fields)
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding | None:
+  """Sharding of arrays whose leading axes lie over these axes of the mesh; None on one device."""
+  return NamedSharding(mesh, PartitionSpec(*axes)) if mesh.size > 1 else None
+
+
+def shard(x: Any, *axes: str | None) -> Any:
+  """Spreads arrays that every host holds whole over the mesh in use: their leading axes over the
+  named axes of the mesh, where these divide them. On one device, the arrays as they are."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+
+  def spread(x):
+    divides = lambda axis, size: axis and size % mesh.shape[axis] == 0
+    fits = [axis if divides(axis, x.shape[i]) else None for i, axis in enumerate(axes)]
+    sharding = NamedSharding(mesh, PartitionSpec(*fits))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(spread, x)
+
+
+def host_slice(sharding: NamedSharding | None, shape: tuple[int, ...]) -> tuple[slice, ...]:
+  """The slice of an array [*shape] that covers the shards of this host's devices."""
+  if sharding is None:
+    return tuple(slice(0, size) for size in shape)
+  shards = sharding.addressable_devices_indices_map(shape).values()
+  ends = [[s.indices(size)[:2] for s, size in zip(index, shape, strict=True)] for index in shards]
+  return tuple(
+    slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*ends, strict=True)
+  )
+
+
+def from_host_slices(part: Any, sharding: NamedSharding | None, shape: tuple[int, ...]) -> Any:
+  """Global arrays [*shape]; each host gives the `host_slice` of its devices."""
+  if sharding is None:
+    return part
+  first = [s.start for s in host_slice(sharding, shape)]
+
+  def local(x, index):
+    ends = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+    return x[tuple(slice(a - f, b - f) for (a, b), f in zip(ends, first, strict=True))]
+
+  make = lambda x: jax.make_array_from_callback(shape, sharding, lambda index: local(x, index))
+  return jax.tree.map(make, part)

@@ -1,0 +1,150 @@
+"""A run's folder: configuration, checkpoints and metrics, each written atomically."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from runtime.cli import UserError, check
+from runtime.files import UNFINISHED, write_atomically, write_text
+
+State = TypeVar("State", bound=NamedTuple)
+FORMAT = 2  # of a run's checkpoints; raise it when a state changes its fields
+
+
+def open_workdir(
+  workdir: Path, config: Any, corpus_fingerprint: str, flag: str = "workdir"
+) -> None:
+  """Writes config.json into a new workdir; refuses one that holds anything but this run.
+
+  Args:
+    config: a dataclass; its fields are what must not change.
+    flag: the flag that names the folder, for messages.
+  """
+  check(not workdir.exists() or workdir.is_dir(), f"--{flag}={workdir} is a file")
+  path = workdir / "config.json"
+  now = dict(config=vars(config), corpus=corpus_fingerprint, format=FORMAT)
+  now = json.loads(json.dumps(now))
+  if not path.exists():
+    others = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
+    others = [name for name in others if not name.startswith(UNFINISHED)]
+    check(
+      not others,
+      f"{workdir} is neither empty nor a run ({', '.join(others[:1])}): use another --{flag}",
+    )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(now, indent=1))
+    return
+  try:
+    saved = json.loads(path.read_text())
+    before = saved["config"] | {"corpus": saved["corpus"]}
+  except (ValueError, KeyError, TypeError):
+    raise UserError(
+      f"{path} is not readable as a run's configuration: use another --{flag}"
+    ) from None
+  check(
+    saved.get("format") == FORMAT,
+    f"{workdir} holds a run of an earlier version: use another --{flag}",
+  )
+  after = now["config"] | {"corpus": now["corpus"]}
+  changed = [
+    f"{name} was {before.get(name)!r}, is {after[name]!r}"
+    for name in after
+    if before.get(name) != after[name]
+  ]
+  check(
+    not changed,
+    f"{workdir} holds a run of another configuration ({'; '.join(changed)}): "
+    f"use another --{flag}, or the same flags and data",
+  )
+
+
+class Checkpoints:
+  """Orbax checkpoints of a state, a NamedTuple of arrays; each appears atomically."""
+
+  def __init__(self, workdir: Path):
+    self.folder = workdir.resolve() / "checkpoints"
+    self.manager = ocp.CheckpointManager(
+      self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    )
+
+  def save(self, step: int, state: State) -> None:
+    self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+  def restore_latest(self, state: State) -> State:
+    """The latest state, laid out as `state`; `state` itself if there is no checkpoint."""
+    step = self.manager.latest_step()
+    if step is None:
+      return state
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
+    return type(state)(**self._restore(step, ocp.args.StandardRestore(template)))
+
+  def restore_field(self, name: str, template: Any) -> Any:
+    """One field of the latest state, on this host's first device."""
+    step = self.manager.latest_step()
+    check(step is not None, f"{self.folder} holds no checkpoint yet")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    template = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template
+    )
+    item = {name: template}
+    how = ocp.checkpoint_utils.construct_restore_args(item)
+    return self._restore(step, ocp.args.PyTreeRestore(item, how, partial_restore=True))[name]
+
+  def _restore(self, step, args):
+    try:
+      return self.manager.restore(step, args=args)
+    except Exception as error:
+      raise UserError(
+        f"the checkpoint {self.folder / str(step)} cannot be read "
+        f"({type(error).__name__}: {str(error).splitlines()[0][:120]}): "
+        "delete that folder to resume from the one before"
+      ) from error
+
+  def close(self) -> None:
+    self.manager.wait_until_finished()
+    self.manager.close()
+
+
+class Metrics:
+  """A JSON line per step. Lines after `start`, the step that a run resumes from, are dropped.
+
+  Without a path (on all hosts but the leader) nothing is written.
+  """
+
+  def __init__(self, path: Path | None, start: int):
+    self.file = None
+    if path is None:
+      return
+    kept = []
+    if path.exists():
+      for line in path.read_text().splitlines():
+        try:
+          kept += [line] if json.loads(line)["step"] <= start else []
+        except (ValueError, KeyError):
+          pass  # the line that a kill cut short
+    write_atomically(path, lambda f: f.write("".join(x + "\n" for x in kept).encode()))
+    self.file = open(path, "a")
+
+  def append(self, row: dict) -> None:
+    if self.file is not None:
+      print(json.dumps(row), file=self.file, flush=True)
+
+
+class StopSignal:
+  """`requested` turns True at SIGTERM or Ctrl-C; a second signal ends the process at once."""
+
+  def __init__(self):
+    self.requested = False
+    self.before = {n: signal.signal(n, self._request) for n in (signal.SIGTERM, signal.SIGINT)}
+
+  def close(self) -> None:
+    for number, handler in self.before.items():
+      signal.signal(number, handler)
+
+  def _request(self, number, _):
+    self.requested = True
+    signal.signal(number, signal.SIG_DFL)

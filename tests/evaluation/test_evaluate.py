@@ -1,0 +1,212 @@
+"""evaluate.py from the command line: comparison, resume by kill -9, plan, bad input in one line."""
+
+import json
+import os
+import signal
+import time
+
+import data
+import jobs
+import numpy as np
+import pytest
+
+import evaluate
+import selection
+import train
+from corpus import documents
+from evaluation import compare, pretrain
+
+
+@pytest.fixture(scope="module")
+def flags(small_rater, cache, corpus):
+  """A workdir -> the flags of a run with the small rater, an evaluation set and a benchmark."""
+  questions = cache / "piqa.jsonl"
+  row = {"goal": "Rate each text", "sol1": "the models learn", "sol2": "zq xv", "label": 0}
+  questions.write_text("".join(json.dumps(row | {"label": i % 2}) + "\n" for i in range(4)))
+  return lambda workdir, *more: [
+    f"--eval_data={corpus}",
+    f"--benchmarks=piqa={questions}",
+    f"--workdir={workdir}",
+    f"--rater={small_rater}",
+    f"--cache_dir={cache}",
+    "--models=nano",
+    "--seeds=0,1",
+    "--steps=12",
+    "--batch=2",
+    "--evaluations=3",
+    "--eval_sequences=20",
+    "--sweep_discard=0.25,0.5",
+    *more,
+  ]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, cache, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("evaluations") / "whole"
+  return workdir, jobs.succeed("evaluate.py", cache, *flags(workdir))
+
+
+def test_all_policies_start_alike_and_are_compared(finished):
+  workdir, output = finished
+  results = json.loads((workdir / "results.json").read_text())
+  policies = results["models"]["nano"]
+  assert list(policies) == list(selection.POLICIES)
+  assert policies["none"]["metrics"]["nll/validation"]["compute_fraction"] == pytest.approx(1)
+  assert policies["none"]["overhead"] == policies["random"]["overhead"] == 0
+  # rater and model have one size, but for the score head: 2 N / (1 - rho) over 6 N
+  rho = policies["datarater"]["discard"]
+  assert policies["datarater"]["overhead"] == pytest.approx(1 / (3 * (1 - rho)), rel=0.01)
+  sweep = {k: np.mean(v) for k, v in results["sweep"]["selection"].items() if k != "0"}
+  assert rho == float(min(sweep, key=sweep.get))
+  finals = [p["metrics"]["nll/validation"]["mean"] for p in policies.values()]
+  assert len(set(finals)) == len(finals)  # each policy trained on something else
+  assert policies["none"]["metrics"]["accuracy/piqa"]["mean"] == 0.5  # one pair, both answers
+  assert "nll/mine.jsonl" in policies["none"]["metrics"]
+  assert (workdir / "table.md").read_text().strip() in output
+  for name in ("learning_curves", "compute", "discard"):
+    assert (workdir / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_sequences_of_a_policy_are_those_with_the_best_scores_of_each_pool(
+  finished, small_rater, cache
+):
+  workdir, _ = finished
+  config = config_of(workdir)
+  corpus = evaluate.open_inputs(config, cache).corpus
+  scores = np.load(workdir / "scores" / "datarater.npy")
+  run = evaluate.Run("nano", "datarater", 0.5, 1)
+  recipe = evaluate.costs(config).recipes["nano"]
+  kept = next(evaluate.selected_batches(run, recipe, workdir, corpus, 1))  # the second call
+  split = corpus.splits["train"]
+  trained = train.open_rater(small_rater)
+  for i in range(recipe.steps_per_call):
+    step = recipe.steps_per_call + i
+    pool = data.drawn_rows(len(split.tokens), 1, step * 4, 4)
+    batch = evaluate.transformer.Batch(
+      *(x[pool].astype(np.int32) for x in (split.tokens, split.segments))
+    )
+    online = np.asarray(trained.score(trained.eta, batch))  # scored when drawn, as in the paper
+    np.testing.assert_allclose(scores[pool], online, rtol=1e-4, atol=1e-6)
+    best = sorted(pool[np.argsort(-online, kind="stable")[:2]].tolist())
+    rows = [r.tolist() for r in kept.tokens[i]]
+    assert sorted(rows) == sorted(split.tokens[r].tolist() for r in best)
+
+
+def test_what_is_reported_is_disjoint_from_what_anything_learnt_from_or_was_chosen_by(
+  finished, cache
+):
+  config = config_of(finished[0])
+  settings = train.data_config(evaluate.rater_settings(config))
+  texts = {"train": "", "outer": "", "selection": "", "validation": ""}
+  for document in documents.read_documents(settings):
+    split, bits = documents.split_of(document.text, settings)
+    half = "selection" if split == "validation" and not bits & 1 else split
+    texts[half] += document.text + "\n"
+  tokenizer = data.load_tokenizer("bytes")
+  for name in ("selection", "validation"):
+    rows = evaluate.open_inputs(config, cache).eval_sets[name]
+    tokens, segments = (x.reshape(-1, settings.sequence_length) for x in rows)
+    pieces = [tokenizer.decode(t[s > 0]) for t, s in zip(tokens, segments, strict=True)]
+    long = [piece for piece in pieces if len(piece) > 28]
+    assert len(long) > 10
+    assert all(piece in texts[name] for piece in long)
+    others = "".join(text for other, text in texts.items() if other != name)
+    assert not any(piece in others for piece in long)
+
+
+def config_of(workdir):
+  saved = json.loads((workdir / "config.json").read_text())["config"]
+  return evaluate.cli.make_config(evaluate.Config, saved)
+
+
+def test_killed_twice_it_goes_on_to_the_same_curves(finished, flags, cache, tmp_path):
+  workdir = tmp_path / "killed"
+  for done in (2, 9):
+    process = jobs.start("evaluate.py", cache, *flags(workdir, "--jobs=2"))
+    jobs.wait_until(lambda n=done: len(list(workdir.glob("runs/*/done"))) >= n, process)
+    assert process.poll() is None, process.communicate()[1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+  time.sleep(1)  # its workers end with it
+  before = {p: p.stat().st_mtime_ns for p in workdir.glob("runs/*/done")}
+  jobs.succeed("evaluate.py", cache, *flags(workdir))
+  assert before.items() <= {p: p.stat().st_mtime_ns for p in workdir.glob("runs/*/done")}.items()
+  a, b = (json.loads((w / "results.json").read_text()) for w in (finished[0], workdir))
+  assert a["models"].keys() == b["models"].keys()
+  for name, curve in a["curves"].items():  # one core or two: the same up to rounding
+    nll = [[row["nll"]["validation"] for row in c] for c in (curve, b["curves"][name])]
+    np.testing.assert_allclose(*nll, rtol=1e-4)
+
+
+def test_dry_run_prints_the_plan_with_its_flops(flags, cache, small_rater):
+  output = jobs.succeed("evaluate.py", cache, *flags("unused", "--dry_run"))
+  config = evaluate.Config(
+    rater=str(small_rater), models=("nano",), steps=12, batch=2, evaluations=3
+  )
+  parameters = evaluate.costs(config).parameters["nano"]
+  assert f"rater: {parameters + 32:,} parameters" in output  # 32: its head
+  flops = 6 * parameters * 12 * 2 * 32
+  assert f"{flops / 1e12:.4g}" in output  # none and random
+  rating = 2 * (parameters + 32) / 0.5 / (6 * parameters)
+  assert f"{flops * (1 + rating) / 1e12:.4g}" in output  # datarater at 0.5
+  assert "nano 768 " in output
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    (["--rater=absent"], "absent holds no run"),
+    (["--policies=none,best"], "choose among none, random"),
+    (["--policies=random"], "lacks none"),
+    (["--models=huge"], "choose among nano"),
+    (["--discard=1"], "must lie between 0 and 1"),
+    (["--sweep_discard=0.5,x"], "is not a list of numbers"),
+    (["--eval_data=absent.jsonl"], "absent.jsonl does not exist"),
+    (["--benchmarks=piqa=absent.jsonl"], "absent.jsonl"),
+    (["--benchmarks=chess=absent.jsonl"], "unknown task 'chess'"),
+    (["--learning_rate=1e30", "--policies=none", "--sweep_discard="], "diverged before step"),
+    (["--jobs=0"], "--jobs=0"),
+  ],
+)
+def test_bad_flags_end_in_one_line(wrong, message, flags, cache, tmp_path):
+  result = jobs.run("evaluate.py", cache, *flags(tmp_path / "w"), *wrong)
+  jobs.assert_one_line_error(result, message)
+
+
+def test_the_comparison_of_hand_made_curves(tmp_path):
+  recipe = pretrain.Recipe(1e-3, batch=2, steps=40, evaluations=4)
+  costs = compare.Costs({"tiny": 600}, 60, "tiny", {"tiny": recipe}, 16)
+  curves = {
+    ("none", 0.0, 0): [5, 4, 3, 2],
+    ("none", 0.0, 1): [5, 4, 3, 2.2],
+    ("datarater", 0.5, 0): [4, 2, 1.5, 1],
+    ("datarater", 0.5, 1): [4, 2.2, 1.5, 1.2],
+    ("random", 0.5, 0): [5, 4, 3, 2.1],
+    ("random", 0.5, 1): [5, 4, 3, 2.3],
+  }
+  runs = []
+  for (policy, rho, seed), values in curves.items():
+    run = evaluate.Run("tiny", policy, rho, seed)
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    rows = [
+      {"step": 10 * (i + 1), "nll": {"validation": v, "selection": v + 0.5}, "accuracy": {"x": -v}}
+      for i, v in enumerate(values)
+    ]
+    (folder / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.append(run)
+  sweep = [run for run in runs if run.policy != "random"]
+  table = compare.write(tmp_path, runs, sweep, costs)
+  results = json.loads((tmp_path / "results.json").read_text())["models"]["tiny"]
+  metric = results["datarater"]["metrics"]["nll/validation"]
+  assert metric["mean"] == pytest.approx(1.1) and metric["sd"] == pytest.approx(0.2 / np.sqrt(2))
+  overhead = 2 * 60 / 0.5 / (6 * 600)
+  assert metric["compute_fraction_by_seed"] == pytest.approx([0.5 * (1 + overhead)] * 2)
+  accuracy = results["datarater"]["metrics"]["accuracy/x"]["compute_fraction_by_seed"]
+  assert accuracy == pytest.approx([0.5 * (1 + overhead)] * 2)  # higher is better there
+  assert results["random"]["metrics"]["nll/validation"]["compute_fraction"] is None
+  assert "| random | 0.5 |" in table and "never (by seed never, never)" in table
+  assert compare.best_discard(tmp_path, sweep) == 0.5
+  tokens = 40 * 2 * 16
+  assert costs.flops("tiny", "none", 0) == 6 * 600 * tokens
+  assert costs.flops("tiny", "pplx_top", 0.75) == 6 * 600 * tokens * (1 + 2 / 0.25 / 6)

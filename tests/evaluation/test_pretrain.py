@@ -1,0 +1,109 @@
+"""A language model trained from scratch: what is measured, the schedule, resume."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chex import assert_trees_all_equal
+
+import transformer
+from evaluation import pretrain
+from transformer import Batch
+
+CONFIG = transformer.TransformerConfig(17, d_model=8, n_layers=1, n_heads=2, head_dim=4, d_ff=16)
+RECIPE = pretrain.Recipe(1e-2, batch=4, steps=40, evaluations=4)
+
+
+MODEL = transformer.language_model(CONFIG)
+
+
+def batches_from(start):
+  """Sequences that count upwards: easily learnt."""
+  call = start
+  while True:
+    rng = np.random.default_rng(call)
+    first = rng.integers(0, 17, (RECIPE.steps_per_call, 4, 1))
+    tokens = ((first + np.arange(12)) % 17).astype(np.int32)
+    yield Batch(tokens, np.ones_like(tokens))
+    call += 1
+
+
+def test_mean_nll_weighs_every_token_the_same(x64):
+  params = MODEL.init(jax.random.PRNGKey(0))
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 17, (2, 3, 7)).astype(np.int32)
+  segments = np.ones_like(tokens)
+  segments[0, 1, 4:] = 0  # a short document
+  segments[1, 2] = 0  # a row that only fills up
+  segments[1, 1] = [1, 1, 1, 2, 2, 2, 2]  # two documents
+  total, count = 0.0, 0
+  for t, s in zip(tokens.reshape(-1, 7), segments.reshape(-1, 7), strict=True):
+    for start, stop in [(i, j) for i in range(7) for j in range(i + 2, 8)]:
+      whole = (s[start:stop] == s[start]).all() and s[start] > 0
+      if whole and (start == 0 or s[start - 1] != s[start]) and (stop == 7 or s[stop] != s[start]):
+        document = Batch(t[None, start:stop], np.ones((1, stop - start), np.int32))
+        _, mean = MODEL.loss(params, jnp.ones(1), document)  # of one document alone
+        total += float(mean[0]) * (stop - start - 1)
+        count += stop - start - 1
+  assert count == 6 + 3 + 6 + 6 + (2 + 3)
+  actual = pretrain.mean_nll(MODEL, params, Batch(tokens, segments))
+  np.testing.assert_allclose(actual, total / count, rtol=1e-6)
+
+
+def test_it_learns_and_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
+  probe = next(batches_from(99))
+  rows = Batch(probe.tokens[:2], probe.segments[:2])
+  interrupt = []
+
+  def measure(params):
+    if interrupt and interrupt.pop():
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {"nll": {"probe": float(pretrain.mean_nll(MODEL, params, rows))}}
+
+  def run(folder):
+    pretrain.pretrain(folder, MODEL, RECIPE, 3, batches_from, measure, progress=False)
+
+  run(tmp_path / "whole")
+  before = signal.getsignal(signal.SIGTERM)
+  interrupt[:] = [True, False]  # at the second evaluation
+  with pytest.raises(SystemExit):
+    run(tmp_path / "cut")
+  signal.signal(signal.SIGTERM, before)
+  assert not (tmp_path / "cut" / "done").exists()
+  assert len((tmp_path / "cut" / "curve.jsonl").read_text().splitlines()) == 2
+  with open(tmp_path / "cut" / "curve.jsonl", "a") as file:
+    file.write('{"step": 30, "tr')  # what a kill leaves of a line
+  run(tmp_path / "cut")
+
+  curves = [(tmp_path / name / "curve.jsonl").read_bytes() for name in ("whole", "cut")]
+  assert curves[0] == curves[1]
+  assert_trees_all_equal(
+    *[pretrain.trained(tmp_path / name, MODEL, RECIPE) for name in ("whole", "cut")]
+  )
+  nll = [json.loads(line)["nll"]["probe"] for line in curves[0].splitlines()]
+  assert len(nll) == 4 and nll[-1] < 0.6 * np.log(17) and nll[-1] < nll[0]
+
+
+def test_recipes_fill_in_chinchilla_s_budget_and_round_up_to_the_evaluations():
+  recipe = pretrain.RECIPES["tiny"].scaled(115_136, 128, evaluations=20)
+  assert recipe.steps * recipe.batch * 128 == pytest.approx(20 * 115_136, rel=0.02)
+  assert recipe.steps % 20 == 0
+  scaled = pretrain.RECIPES["1b"].scaled(10**9, 2048, batch=None, steps=None)
+  assert scaled == pretrain.RECIPES["1b"]  # the paper's
+  assert pretrain.Recipe(1e-3, 1, 101, 1).steps_per_call == 1  # a prime
+  assert pretrain.Recipe(1e-3, 1, 2000, 20).steps_per_call == 50
+
+
+def test_the_schedule_warms_up_and_decays_to_a_tenth():
+  optimizer = pretrain.adam(pretrain.Recipe(1e-2, 4, 100))
+  params, rates = {"w": jnp.zeros(1)}, []
+  state = optimizer.init(params)
+  for _ in range(100):
+    updates, state = optimizer.update({"w": jnp.ones(1) * 1e-3}, state)
+    rates.append(-float(updates["w"][0]))  # Adam's update of a constant gradient is the rate
+  np.testing.assert_allclose([rates[2], rates[-1]], [1e-2, 1e-3], rtol=0.02)
+  assert rates[0] == 0 and np.all(np.diff(rates[2:]) <= 1e-6)

@@ -1,0 +1,258 @@
+"""kernels compiled for TPU v5e, v5p, v6e and H100 by the targets' own compilers; nothing is run.
+
+Skipped where libtpu, or the CUDA plugin and ptxas, are not installed: `make test-compile` installs
+them in an environment of its own.
+
+Axes: N tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import jobs
+import optax
+import pytest
+
+import inner_loop
+import train
+from benchmarks import attention, loss
+from kernels import pallas_gpu
+from planner import hlo, plan, targets
+
+N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
+VOCABULARIES = {32_000: 10, 256_000: 50}  # V -> how many times less temporary memory than dense
+UNITS = {"value": 1, "gradient": 4, "product": 10}
+
+has = importlib.util.find_spec
+missing = {name: not has("libtpu") for name in targets.NAMES}
+missing["h100"] = not (has("jax_cuda13_plugin") and shutil.which("ptxas"))
+reason = "needs libtpu, or jax-cuda13-plugin and ptxas: make test-compile"
+TARGETS = [
+  pytest.param(name, marks=pytest.mark.skipif(missing[name], reason=reason))
+  for name in targets.NAMES
+]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+  """The plugins are for compiling. libtpu ends the process at a flag of conftest's for CPUs."""
+  jax.config.update("jax_platforms", "cpu")
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
+def _backend(target):
+  return "pallas_gpu" if target == "h100" else "pallas_tpu"
+
+
+def _compile(target, backend, order, V, dtype="bfloat16"):
+  return targets.compile_for(
+    target, loss.orders(backend)[order], *loss.inputs(N, D, V, dtype, order)
+  )
+
+
+def _temp(compiled):
+  return compiled[0].memory_analysis().temp_size_in_bytes
+
+
+def _largest_temporary(text, V):
+  """Elements of the largest array that is not the table's own [V, D]."""
+  shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"[a-z]\d+\[([\d,]+)\]", text)}
+  return max(math.prod(shape) for shape in shapes if shape not in ((V, D), (D, V)))
+
+
+@pytest.mark.parametrize("order", UNITS)
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_small(target, V, order):
+  compiled = _compile(target, _backend(target), order, V)  # Mosaic or ptxas refuses what is too big
+  _, text = compiled
+  kernel_call = "xla.gpu.triton" if target == "h100" else "tpu_custom_call"
+  assert kernel_call in text  # not an interpreter
+  assert _largest_temporary(text, V) < N * V / 5
+  # What dense needs at the least: float32 logits in a value, and one more [N, V] in a gradient and
+  # its product. A TPU compiles dense only where it fits, so this stands for it at any V.
+  dense = 4 * N * V if order == "value" else 6 * N * V
+  assert _temp(compiled) < dense / VOCABULARIES[V]
+
+
+@pytest.mark.parametrize("order", UNITS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_temporary_memory_is_a_tenth_of_the_dense_module(target, order):
+  V = 32_000
+  dense = _compile(target, "reference", order, V)
+  assert _largest_temporary(dense[1], V) >= N * V  # the search sees what it looks for
+  assert _temp(_compile(target, _backend(target), order, V)) < _temp(dense) / 10
+
+
+@pytest.mark.parametrize("order", UNITS)
+def test_temporary_memory_is_a_fiftieth_of_the_dense_module(order):
+  """On the one target whose compiler takes a dense module that fits no device."""
+  if missing["h100"]:
+    pytest.skip(reason)
+  dense, ours = (_temp(_compile("h100", b, order, 256_000)) for b in ("reference", "pallas_gpu"))
+  assert ours < dense / 50
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_odd_sizes_compile(target, dtype):
+  for order in UNITS:
+    shapes = loss.inputs(37, 96, 1003, dtype, order)
+    targets.compile_for(target, loss.orders(_backend(target))[order], *shapes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_compiles_at_full_size(target):
+  """Twice the bytes in every block, and matmuls of several passes."""
+  _compile(target, _backend(target), "product", 32_000, "float32")
+
+
+@pytest.mark.parametrize("order", ["value", "gradient", "product"])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_compiles_and_holds_no_scores(target, K, order):
+  B, S, H = 1, 4096, 2
+  shapes = attention.inputs(B, S, H, K, "bfloat16", order)
+  compiled = targets.compile_for(target, attention.orders(_backend(target))[order], *shapes)
+  assert ("xla.gpu.triton" if target == "h100" else "tpu_custom_call") in compiled[1]
+  assert _largest_temporary(compiled[1], 0) == B * S * H * K  # S S would be 16 times as much
+  # Inputs and results are 3 arrays and 3, or with tangents 6 and 3; what a TPU pads counts double.
+  assert _temp(compiled) < 20 * (128 // K) * 4 * B * S * H * K
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_in_float32_and_at_odd_sizes_compiles(target):
+  for S, K, dtype in ((300, 32, "float32"), (77, 40, "bfloat16")):
+    shapes = attention.inputs(2, S, 2, K, dtype, "product")
+    targets.compile_for(target, attention.orders(_backend(target))["product"], *shapes)
+
+
+@pytest.mark.skipif(missing["v5e"], reason=reason)
+def test_a_sequence_too_long_for_vmem_is_told():
+  shapes = attention.inputs(1, 2**17, 1, 128, "bfloat16", "value")
+  with pytest.raises(ValueError, match="needs .* bytes of VMEM.*use the XLA backend"):
+    targets.compile_for("v5e", attention.orders("pallas_tpu")["value"], *shapes)
+
+
+@pytest.mark.parametrize("spread", ["population=2,data=2", "population=4,data=1"])
+def test_kernels_compile_under_a_mesh(spread):
+  if missing["v5e"]:
+    pytest.skip(reason)
+  small = dict(model="nano", rater="nano", n_models=4, inner_batch=8, outer_batch=8)
+  small |= dict(mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
+  backends = dict(loss_backend="pallas_tpu", attention_backend="pallas_tpu")
+  compiled = plan.compile_run(train.Config(**small, **backends), "v5e:2x2", spread, 259)
+  assert compiled.fits and compiled.work.unknown_loops == 0
+
+
+@pytest.mark.parametrize(
+  "target, mesh",
+  [("v5e", None), ("v5e:2x2", "population=2,data=2"), ("v5p:2x2x1", None), ("h100", None)],
+)
+def test_a_small_run_is_planned(target, mesh):
+  if missing[target.split(":")[0]]:
+    pytest.skip(reason)
+  small = dict(model="nano", rater="nano", n_models=2, inner_batch=8, outer_batch=8)
+  config = train.Config(**small, mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
+  compiled = plan.compile_run(config, target, mesh, 259)
+  assert compiled.fits and 0 < compiled.arguments < compiled.peak < 1e9 and compiled.temp > 0
+  assert compiled.work.unknown_loops == 0 and compiled.traffic.unknown_loops == 0
+  least = config.n_models * plan.minimum(config, 259).total
+  assert least < compiled.work.products < 1.5 * least
+  exchanged = hlo.by_kind(compiled.traffic.collectives)
+  if compiled.devices == 1:
+    assert exchanged == {}
+  else:
+    assert exchanged["all-reduce"][1] > 0
+    assert plan.report(config, target, 259, compiled).count("\nfits\n") == 1
+
+
+@pytest.mark.skipif(missing["v5e"], reason=reason)
+def test_train_plans_what_the_planner_does(tmp_path):
+  small = ["--preset=paper", "--model=nano", "--rater=nano", "--n_models=2", "--inner_batch=8"]
+  small += ["--outer_batch=8", "--sequence_length=64", "--mesh=population=2,data=2"]
+  said = [
+    jobs.succeed("train.py", tmp_path, *small, "--plan=v5e:2x2"),
+    jobs.succeed("plan.py", tmp_path, *small, "--target=v5e:2x2"),
+  ]
+  train_says, plan_says = (re.sub(r"compiled in \d+ s", "", text) for text in said)
+  assert train_says == plan_says and "\nfits\n" in plan_says
+  assert plan_says.startswith(
+    "$ python plan.py --preset=paper --target=v5e:2x2 --mesh=population=2"
+  )
+
+
+def _memory_of_a_layer(target, T, meta_gradient):
+  """Compiled memory of meta_gradient(loss, optimizer, state, weights [T, B], x [T, B, W]) for a
+  layer of W x W, whose parameters dwarf its activations; and the bytes of the parameters."""
+  if missing[target]:
+    pytest.skip(reason)
+  B, W = 64, 2048
+
+  def loss(w_WW, weights_B, x_BW):
+    return jnp.mean(weights_B * jnp.sum(jnp.tanh(x_BW @ w_WW) ** 2, -1)), ()
+
+  optimizer = optax.adam(1e-3, eps_root=1e-8)
+  weights, w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((T, B), (W, W), (T, B, W)))
+  state = jax.eval_shape(functools.partial(inner_loop.init, optimizer), w)
+  function = functools.partial(meta_gradient, loss, optimizer)
+  compiled, _ = targets.compile_for(target, function, state, weights, x)
+  return compiled.memory_analysis(), 4 * W * W
+
+
+@pytest.mark.parametrize("T", [8, 24])  # one segment, and three
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+def test_saved_states_wait_in_the_memory_of_the_host(target, T):
+  def meta_gradient(mode, loss, optimizer, state, weights_TB, x_TBW):
+    def outer(weights_TB):
+      after, _ = inner_loop.unroll(loss, optimizer, state, weights_TB, x_TBW, mode)
+      return loss(after.params, jnp.ones_like(weights_TB[0]), x_TBW[0])[0]
+
+    return jax.grad(outer)(weights_TB)
+
+  here, size = _memory_of_a_layer(target, T, functools.partial(meta_gradient, "mixed"))
+  away, _ = _memory_of_a_layer(target, T, functools.partial(meta_gradient, "mixed_offload"))
+  assert here.host_temp_size_in_bytes == 0
+  # Every gradient, and of each segment but the first a theta and Adam's two moments; XLA takes some
+  # of these back where nothing but straight code lies between.
+  states = 3 * (T // inner_loop.SEGMENT - 1)
+  assert T * size <= away.host_temp_size_in_bytes <= (T + states) * size
+  gone = here.temp_size_in_bytes - away.temp_size_in_bytes
+  assert gone > 0.5 * T * size  # a v5e keeps some of them on chip
+
+
+@pytest.mark.parametrize("target, T, most", [("h100", 2, 2.5), ("h100", 8, 14), ("v5e", 8, 10)])
+def test_states_are_formed_again_where_the_compiler_could_keep_them(target, T, most):
+  """In copies of the parameters: T gradients, and what one step needs. (Without the barriers of
+  inner_loop.py, 3.6, 16.5 and 12.2.)"""
+
+  def meta_gradient(loss, optimizer, state, weights_TB, x_TBW):
+    outer = lambda w: loss(w, jnp.ones_like(weights_TB[0]), x_TBW[0])[0]
+    return inner_loop.window_gradient(outer, loss, optimizer, state, weights_TB, x_TBW)
+
+  memory, size = _memory_of_a_layer(target, T, meta_gradient)
+  assert memory.temp_size_in_bytes < most * size
+
+
+@pytest.mark.skipif(missing["v5e"], reason=reason)
+def test_what_does_not_fit_is_told():
+  config = train.Config(**train.PRESETS["paper"] | dict(model="nano", rater="nano", n_models=1))
+  config = dataclasses.replace(config, steps_per_call=1, inner_batch=2**13, outer_batch=2**13)
+  compiled = plan.compile_run(config, "v5e", None, 259)
+  assert not compiled.fits and "exceeds available HBM" in compiled.refusal
+  assert compiled.peak > 16e9
+
+
+@pytest.mark.skipif(missing["h100"], reason=reason)
+def test_too_much_shared_memory_is_refused(monkeypatch):
+  """So a passing compile means that the kernels fit."""
+  chip = pallas_gpu.Chip(10**9, (128, 256, 64), (128, 128, 64), 8, 9)
+  monkeypatch.setattr(pallas_gpu, "CHIPS", {"": chip})
+  with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
+    _compile("h100", "pallas_gpu", "value", 32_000)
