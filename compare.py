@@ -1,7 +1,8 @@
-"""The comparison of selection policies: table, compute fractions and figures, from learning curves.
+"""Compares selection policies by their learning curves: table, compute fractions and figures.
 
-A run's folder holds curve.jsonl: a line for each evaluation with `step`, `train` (its mean loss on
-its own batches since the last one), `nll` {evaluation set: nats a token} and `accuracy` {task}.
+A run's folder holds curve.jsonl, a line for each evaluation: `step`, `train` (mean loss on the
+training batches since the last evaluation), `nll` {evaluation set: nats per token} and `accuracy`
+{task: share of questions}.
 """
 
 import json
@@ -13,21 +14,36 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import report
 import selection
+from analysis_figures import short
 
-COLORS = dict(
-  zip(
+STYLES = {  # colors of Okabe and Ito, which color-blind readers tell apart
+  policy: {"color": color, "linestyle": (0, dashes), "marker": marker}
+  for policy, color, dashes, marker in zip(
     selection.POLICIES,
-    ("black", "tab:gray", "tab:red", "tab:blue", "tab:green", "tab:purple"),
+    ("#000000", "#56B4E9", "#D55E00", "#0072B2", "#009E73", "#CC79A7"),
+    ((), (1, 1), (6, 1.5), (3, 1.5), (6, 1.5, 1, 1.5), (3, 1.5, 1, 1.5, 1, 1.5)),
+    "osD^vX",
     strict=True,
   )
-)
+}
+MAX_PANELS, COLUMNS = 24, 4  # of learning_curves.png
+MAX_MODELS = 8  # in compute.png
+
+
+class Benchmark(NamedTuple):
+  """A multiple-choice task."""
+
+  questions: int
+  chance: float  # accuracy of random choices
 
 
 class Costs(NamedTuple):
-  """What FLOPs are counted from."""
+  """Sizes of models and runs, from which FLOPs are counted."""
 
   parameters: dict[str, int]  # by size
   rater: int  # parameters
@@ -36,7 +52,7 @@ class Costs(NamedTuple):
   sequence_length: int
 
   def overhead(self, model: str, policy: str, discard: float) -> float:
-    """FLOPs of rating over those of training."""
+    """FLOPs of rating / FLOPs of training."""
     scorers = {"datarater": self.rater}
     scorers |= dict.fromkeys(selection.PERPLEXITY, self.parameters[self.scorer])
     if policy not in scorers:
@@ -44,7 +60,7 @@ class Costs(NamedTuple):
     return selection.rating_overhead(scorers[policy], self.parameters[model], discard)
 
   def flops(self, model: str, policy: str, discard: float) -> float:
-    """Of one run, rating included: 6 N D (1 + overhead)."""
+    """FLOPs of one run with its rating: 6 N D (1 + overhead)."""
     recipe = self.recipes[model]
     tokens = recipe.steps * recipe.batch * self.sequence_length
     return 6 * self.parameters[model] * tokens * (1 + self.overhead(model, policy, discard))
@@ -64,8 +80,16 @@ def read_curve(workdir: Path, run) -> list[dict]:
   return [json.loads(line) for line in lines]
 
 
-def write(workdir: Path, runs: list, sweep: list, costs: Costs) -> str:
+@plt.rc_context(report.STYLE)
+def write(
+  workdir: Path,
+  runs: list,
+  sweep: list,
+  costs: Costs,
+  benchmarks: dict[str, Benchmark] | None = None,
+) -> str:
   """Writes results.json, table.md and the figures; returns the table."""
+  benchmarks = benchmarks or {}
   curves = {run: read_curve(workdir, run) for run in dict.fromkeys([*runs, *sweep])}
   results = {"costs": json.loads(json.dumps(costs._asdict(), default=lambda x: x._asdict()))}
   results["models"] = {
@@ -75,8 +99,9 @@ def write(workdir: Path, runs: list, sweep: list, costs: Costs) -> str:
   if sweep:
     results["sweep"] = _sweep(sweep, curves)
     report.save_figure(workdir / "discard.png", _plot_sweep(results["sweep"], sweep[0].model))
+  results["benchmarks"] = {task: b._asdict() for task, b in benchmarks.items()}
   results["curves"] = {run.name: curve for run, curve in curves.items()}
-  report.save_figure(workdir / "learning_curves.png", _plot_curves(runs, curves))
+  report.save_figure(workdir / "learning_curves.png", _plot_curves(runs, curves, benchmarks))
   report.save_figure(workdir / "compute.png", _plot_compute(results["models"]))
   table = _table(results, costs)
   for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", table)):
@@ -85,12 +110,19 @@ def write(workdir: Path, runs: list, sweep: list, costs: Costs) -> str:
 
 
 def metrics_of(row: dict) -> dict[tuple[str, str], float]:
-  """(kind, name) -> value of one line of a curve."""
+  """(kind, name) -> value, of one line of a curve."""
   return {(kind, n): v for kind in ("nll", "accuracy") for n, v in row.get(kind, {}).items()}
 
 
+def panels(models: list[str], metrics: list) -> list[tuple]:
+  """The (model, metric) pairs of the learning curves: all, or the first metrics of each model."""
+  models = models[:MAX_PANELS]
+  each = MAX_PANELS // len(models)
+  return [(model, metric) for model in models for metric in metrics[:each]]
+
+
 def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
-  """policy -> metric -> final values by seed, and the compute fraction by seed and of the mean."""
+  """policy -> metric -> final values by seed; compute fractions of each seed and of the mean."""
   members = {}
   for run in runs:
     members.setdefault(run.policy, []).append(run)
@@ -120,13 +152,13 @@ def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
 
 
 def _by_seed(runs: list, curves: dict, metric) -> tuple[list[int], np.ndarray]:
-  """(steps, values [seeds, evaluations])."""
+  """Steps and values [seeds, evaluations] of a metric."""
   steps = [row["step"] for row in curves[runs[0]]]
   return steps, np.array([[metrics_of(row)[metric] for row in curves[run]] for run in runs])
 
 
 def _sweep(sweep: list, curves: dict) -> dict:
-  """set -> rho -> final NLL by seed; rho = 0 is the unfiltered baseline."""
+  """Evaluation set -> rho -> final NLL by seed; rho = 0 is the unfiltered baseline."""
   out = {}
   for run in sweep:
     for name, value in curves[run][-1]["nll"].items():
@@ -163,9 +195,11 @@ def _table(results: dict, costs: Costs) -> str:
       lines.append(f"| {policy} | {result['discard']:g} | {' | '.join(cells)} | {cell} |")
     lines.append("")
   lines.append(
-    "NLL in nats a token at the end, mean ± sd over seeds; compute counts the rater's inference on "
-    "the oversampled batches; never: not reached."
+    "NLL in nats per token at the end, mean ± sd over seeds; compute counts the rater's inference "
+    "on the oversampled batches; never: not reached."
   )
+  for task, b in results["benchmarks"].items():
+    lines.append(f"accuracy/{task}: {b['questions']:,} questions, chance {b['chance']:.3f}.")
   if "sweep" in results:
     means = {rho: np.mean(v) for rho, v in results["sweep"]["selection"].items()}
     swept = ", ".join(f"{rho}: {mean:.3f}" for rho, mean in means.items())
@@ -177,66 +211,98 @@ def _percent(fraction: float | None) -> str:
   return "never" if fraction is None else f"{fraction:.0%}"
 
 
-def _plot_curves(runs: list, curves: dict):
-  """Mean over seeds and its range, for each size and metric."""
-  models = list(dict.fromkeys(run.model for run in runs))
+def _plot_curves(runs: list, curves: dict, benchmarks: dict[str, Benchmark]) -> Figure:
+  """Mean and range over seeds: a panel for each size and metric, a line for each policy."""
+  models, policies = (list(dict.fromkeys(r[i] for r in runs)) for i in (0, 1))
   metrics = [m for m in metrics_of(curves[runs[0]][-1]) if m[1] != "selection"]
+  shown = panels(models, metrics)
+  columns = min(COLUMNS, len(metrics), len(shown))
+  rows = -(-len(shown) // columns)
   figure, axes = plt.subplots(
-    len(models), len(metrics), figsize=(5 * len(metrics), 3.6 * len(models)), squeeze=False
+    rows, columns, figsize=(max(3.8 * columns, 6), 3 * rows + 0.6), squeeze=False
   )
-  for i, model in enumerate(models):
-    for axis, metric in zip(axes[i], metrics, strict=True):
-      for policy in dict.fromkeys(run.policy for run in runs):
-        mine = [run for run in runs if run.model == model and run.policy == policy]
-        steps, values = _by_seed(mine, curves, metric)
-        mean, color = values.mean(0), COLORS[policy]
-        axis.plot(steps, mean, color=color, label=policy, linewidth=1.3)
-        axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-        if policy == "none":
-          axis.axhline(mean[-1], color=color, linewidth=0.7, linestyle=":")
-      first = len(steps) // 5  # the first steps would set the scale
-      shown = np.concatenate([line.get_ydata()[first:] for line in axis.get_lines()])
-      pad = 0.05 * np.ptp(shown)
-      axis.set_ylim(shown.min() - pad, shown.max() + pad)
-      axis.set_title(f"{model}: {metric[1]}", fontsize=10)
-      axis.set_xlabel("step")
-      axis.set_ylabel("nats a token" if metric[0] == "nll" else "accuracy")
-  axes[0][0].legend(fontsize=8)
-  figure.tight_layout()
+  for axis in axes.flat[len(shown) :]:
+    axis.remove()
+  for axis, (model, metric) in zip(axes.flat, shown, strict=False):
+    kind, name = metric
+    title, heights = f"{model}: {short(name)}", []
+    for policy in policies:
+      members = [run for run in runs if run.model == model and run.policy == policy]
+      steps, values = _by_seed(members, curves, metric)
+      style = STYLES[policy] | {"markevery": max(1, len(steps) // 5), "markersize": 4}
+      axis.plot(steps, values.mean(0), **style, label=policy, linewidth=1.3)
+      axis.fill_between(
+        steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0
+      )
+      heights += [*values[:, len(steps) // 5 :].flat]  # the first steps would set the scale
+      if policy == "none":
+        axis.axhline(values[:, -1].mean(), color="black", linewidth=0.5)
+    if kind == "accuracy" and name in benchmarks:
+      questions, chance = benchmarks[name]
+      title += f", {questions:,} questions"
+      heights.append(chance)
+      axis.axhline(chance, color="black", linewidth=1, linestyle=":")
+      axis.annotate(
+        "chance", (1, chance), (3, 0), axis.get_yaxis_transform(), "offset points",
+        va="center", fontsize=7, annotation_clip=False,
+      )  # fmt: skip
+    pad = 0.05 * np.ptp(heights) or 0.01
+    axis.set_ylim(min(heights) - pad, max(heights) + pad)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel("nats per token" if kind == "nll" else "accuracy")
+  _legend(figure, axes[0][0], len(models) * len(metrics) - len(shown), "panels")
   return figure
 
 
-def _plot_compute(models: dict):
+def _legend(figure: Figure, axis: Axes, left_out: int, what: str) -> None:
+  """Outside of the axes, with a note on what the figure leaves out."""
+  note = f"{left_out} more {what} not shown: table.md has all results" if left_out else None
+  figure.legend(
+    *axis.get_legend_handles_labels(),
+    title=note,
+    fontsize=8,
+    ncols=3,
+    handlelength=4,
+    loc="outside upper center",
+  )
+
+
+def _plot_compute(models: dict) -> Figure:
   """Share of the baseline's compute that reaches its final NLL on validation (Fig. 1)."""
-  figure, axis = plt.subplots(figsize=(1.2 + 2.6 * len(models), 3.4))
-  policies = [policy for policy in next(iter(models.values())) if policy != "none"]
+  shown = list(models)[:MAX_MODELS]
+  policies = [policy for policy in models[shown[0]] if policy != "none"]
   width = 0.8 / max(len(policies), 1)
+  size = max(4.5, 1 + 0.3 * len(shown) * (len(policies) + 1)), 4
+  figure, axis = plt.subplots(figsize=size)
   for k, policy in enumerate(policies):
-    for i, result in enumerate(models.values()):
-      fraction = result[policy]["metrics"]["nll/validation"]["compute_fraction"]
-      x = i + (k - (len(policies) - 1) / 2) * width
-      label = policy if i == 0 else None
-      axis.bar(x, fraction or 0, width * 0.9, color=COLORS[policy], label=label)
-      text = f"{fraction:.0%}" if fraction is not None else "never"
-      axis.text(x, (fraction or 0) + 0.01, text, ha="center", va="bottom", fontsize=7, rotation=90)
+    for i, model in enumerate(shown):
+      fraction = models[model][policy]["metrics"]["nll/validation"]["compute_fraction"]
+      x, label = i + (k - (len(policies) - 1) / 2) * width, policy if i == 0 else None
+      axis.plot([x, x], [0, fraction or 0], **STYLES[policy], markevery=[1], label=label)
+      axis.annotate(
+        _percent(fraction), (x, fraction or 0), (0, 7), textcoords="offset points",
+        ha="center", va="bottom", fontsize=7, rotation=90,
+      )  # fmt: skip
   axis.axhline(1, color="black", linewidth=0.7, linestyle=":")
-  axis.set_xticks(range(len(models)), models)
+  axis.set_xticks(range(len(shown)), shown)
+  axis.set_xlim(-0.5, len(shown) - 0.5)
   axis.margins(y=0.2)
+  axis.set_ylim(bottom=0)
   axis.set_ylabel("compute to match the baseline", fontsize=9)
-  if policies:
-    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+  _legend(figure, axis, len(models) - len(shown), "models")
   return figure
 
 
-def _plot_sweep(sweep: dict, model: str):
+def _plot_sweep(sweep: dict, model: str) -> Figure:
   """Final NLL against the discard fraction (Fig. 4)."""
-  figure, axis = plt.subplots(figsize=(4.5, 3.4))
-  for name in ("selection", "validation"):
+  figure, axis = plt.subplots(figsize=(4.5, 3.6))
+  for name, style, color in (("selection", "o--", report.BLUE), ("validation", "s-", "black")):
     rhos = sorted(sweep[name], key=float)
     values = np.array([sweep[name][rho] for rho in rhos])
-    axis.plot(np.array(rhos, float), values.mean(1), marker="o", label=name)
+    axis.plot(np.array(rhos, float), values.mean(1), style, color=color, label=name)
   axis.set_xlabel("discard fraction")
-  axis.set_ylabel("nats a token at the end")
+  axis.set_ylabel("nats per token at the end")
   axis.set_title(model, fontsize=10)
-  axis.legend(fontsize=8)
+  _legend(figure, axis, 0, "")
   return figure

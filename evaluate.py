@@ -177,7 +177,12 @@ def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> N
   workers.do("training", train_run, main_runs(config, discard))
   workers.close()
   if hosts.leader():
-    print(compare.write(workdir, main_runs(config, discard), sweep_runs(config), costs(config)))
+    tasks = {
+      task: compare.Benchmark(len(questions), multiple_choice.chance(questions))
+      for task, questions in inputs.questions.items()
+    }
+    runs = main_runs(config, discard)
+    print(compare.write(workdir, runs, sweep_runs(config), costs(config), tasks))
 
 
 def sweep_runs(config: Config) -> list[Run]:

@@ -122,15 +122,19 @@ class Metrics:
     print(json.dumps(row), file=self.file, flush=True)
 
   def write(self, last_step: int, metrics: dict, bar: tqdm.tqdm):
-    """The metrics of one call of meta_step.meta_steps, [M, ...]: a line for each meta-step."""
+    """A line for each meta-step of one call of meta_step.meta_steps, from its metrics [M, ...].
+
+    The last line has `score_autocorrelation`, unless the scores before the call were all equal.
+    """
     if self.file is None:
       return
     metrics = dict(jax.device_get(metrics))
     correlation = float(metrics.pop("score_autocorrelation"))
+    comparable = metrics["score_std"][0].max() > 0  # the scores before the call; 0 in a fresh rater
     M = len(metrics["outer_loss"])
     for i in range(M):
       row = {"step": last_step - M + 1 + i} | {k: v[i].tolist() for k, v in metrics.items()}
-      if i == M - 1:
+      if i == M - 1 and comparable:
         row["score_autocorrelation"] = correlation
       self.append(row)
     skipped = int(metrics["skipped"].sum())
