@@ -35,13 +35,6 @@ MAX_PANELS, COLUMNS = 24, 4  # of learning_curves.png
 MAX_MODELS = 8  # in compute.png
 
 
-class Benchmark(NamedTuple):
-  """A multiple-choice task."""
-
-  questions: int
-  chance: float  # accuracy of random choices
-
-
 class Costs(NamedTuple):
   """Sizes of models and runs, from which FLOPs are counted."""
 
@@ -81,15 +74,11 @@ def read_curve(workdir: Path, run) -> list[dict]:
 
 
 @plt.rc_context(report.STYLE)
-def write(
-  workdir: Path,
-  runs: list,
-  sweep: list,
-  costs: Costs,
-  benchmarks: dict[str, Benchmark] | None = None,
-) -> str:
-  """Writes results.json, table.md and the figures; returns the table."""
-  benchmarks = benchmarks or {}
+def write(workdir: Path, runs: list, sweep: list, costs: Costs, benchmarks: dict) -> str:
+  """Writes results.json, table.md and the figures; returns the table.
+
+  benchmarks: {task: {"questions": their number, "chance": accuracy of random choices}}.
+  """
   curves = {run: read_curve(workdir, run) for run in dict.fromkeys([*runs, *sweep])}
   results = {"costs": json.loads(json.dumps(costs._asdict(), default=lambda x: x._asdict()))}
   results["models"] = {
@@ -99,7 +88,7 @@ def write(
   if sweep:
     results["sweep"] = _sweep(sweep, curves)
     report.save_figure(workdir / "discard.png", _plot_sweep(results["sweep"], sweep[0].model))
-  results["benchmarks"] = {task: b._asdict() for task, b in benchmarks.items()}
+  results["benchmarks"] = benchmarks
   results["curves"] = {run.name: curve for run, curve in curves.items()}
   report.save_figure(workdir / "learning_curves.png", _plot_curves(runs, curves, benchmarks))
   report.save_figure(workdir / "compute.png", _plot_compute(results["models"]))
@@ -115,10 +104,15 @@ def metrics_of(row: dict) -> dict[tuple[str, str], float]:
 
 
 def panels(models: list[str], metrics: list) -> list[tuple]:
-  """The (model, metric) pairs of the learning curves: all, or the first metrics of each model."""
+  """The (model, metric) pairs of the learning curves, at most MAX_PANELS.
+
+  Every model gets as many metrics, with the first evaluation sets and the first tasks among them.
+  """
   models = models[:MAX_PANELS]
-  each = MAX_PANELS // len(models)
-  return [(model, metric) for model in models for metric in metrics[:each]]
+  kinds = [kind for kind, _ in metrics]
+  place = {metric: kinds[:i].count(metric[0]) for i, metric in enumerate(metrics)}
+  kept = sorted(metrics, key=place.get)[: MAX_PANELS // len(models)]
+  return [(model, metric) for model in models for metric in metrics if metric in kept]
 
 
 def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
@@ -198,8 +192,12 @@ def _table(results: dict, costs: Costs) -> str:
     "NLL in nats per token at the end, mean ± sd over seeds; compute counts the rater's inference "
     "on the oversampled batches; never: not reached."
   )
-  for task, b in results["benchmarks"].items():
-    lines.append(f"accuracy/{task}: {b['questions']:,} questions, chance {b['chance']:.3f}.")
+  if results["benchmarks"]:
+    tasks = "; ".join(
+      f"{task}: {b['questions']:,} questions, chance {b['chance']:.3f}"
+      for task, b in results["benchmarks"].items()
+    )
+    lines += ["", f"Accuracy on {tasks}."]
   if "sweep" in results:
     means = {rho: np.mean(v) for rho, v in results["sweep"]["selection"].items()}
     swept = ", ".join(f"{rho}: {mean:.3f}" for rho, mean in means.items())
@@ -211,19 +209,21 @@ def _percent(fraction: float | None) -> str:
   return "never" if fraction is None else f"{fraction:.0%}"
 
 
-def _plot_curves(runs: list, curves: dict, benchmarks: dict[str, Benchmark]) -> Figure:
+def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
   """Mean and range over seeds: a panel for each size and metric, a line for each policy."""
-  models, policies = (list(dict.fromkeys(r[i] for r in runs)) for i in (0, 1))
+  models, policies = (list(dict.fromkeys(run[i] for run in runs)) for i in (0, 1))
   metrics = [m for m in metrics_of(curves[runs[0]][-1]) if m[1] != "selection"]
-  shown = panels(models, metrics)
-  columns = min(COLUMNS, len(metrics), len(shown))
-  rows = -(-len(shown) // columns)
-  figure, axes = plt.subplots(
-    rows, columns, figsize=(max(3.8 * columns, 6), 3 * rows + 0.6), squeeze=False
-  )
-  for axis in axes.flat[len(shown) :]:
+  shown, total = panels(models, metrics), len(models) * len(metrics)
+  models = list(dict.fromkeys(model for model, _ in shown))
+  each = len(shown) // len(models)
+  rows = -(-each // COLUMNS)  # for each model
+  columns = -(-each // rows)
+  size = max(3.8 * columns, 6), 3 * rows * len(models) + 0.6
+  figure, axes = plt.subplots(rows * len(models), columns, figsize=size, squeeze=False)
+  axes = axes.reshape(len(models), -1)
+  for axis in axes[:, each:].flat:
     axis.remove()
-  for axis, (model, metric) in zip(axes.flat, shown, strict=False):
+  for axis, (model, metric) in zip(axes[:, :each].flat, shown, strict=True):
     kind, name = metric
     title, heights = f"{model}: {short(name)}", []
     for policy in policies:
@@ -236,10 +236,10 @@ def _plot_curves(runs: list, curves: dict, benchmarks: dict[str, Benchmark]) -> 
       )
       heights += [*values[:, len(steps) // 5 :].flat]  # the first steps would set the scale
       if policy == "none":
-        axis.axhline(values[:, -1].mean(), color="black", linewidth=0.5)
+        axis.axhline(values[:, -1].mean(), color="black", linewidth=0.5, label="none, at the end")
     if kind == "accuracy" and name in benchmarks:
-      questions, chance = benchmarks[name]
-      title += f", {questions:,} questions"
+      chance = benchmarks[name]["chance"]
+      title += f", {benchmarks[name]['questions']:,} questions"
       heights.append(chance)
       axis.axhline(chance, color="black", linewidth=1, linestyle=":")
       axis.annotate(
@@ -251,21 +251,15 @@ def _plot_curves(runs: list, curves: dict, benchmarks: dict[str, Benchmark]) -> 
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("step")
     axis.set_ylabel("nats per token" if kind == "nll" else "accuracy")
-  _legend(figure, axes[0][0], len(models) * len(metrics) - len(shown), "panels")
+  _legend(figure, axes[0][0], total - len(shown), "panels")
   return figure
 
 
 def _legend(figure: Figure, axis: Axes, left_out: int, what: str) -> None:
   """Outside of the axes, with a note on what the figure leaves out."""
   note = f"{left_out} more {what} not shown: table.md has all results" if left_out else None
-  figure.legend(
-    *axis.get_legend_handles_labels(),
-    title=note,
-    fontsize=8,
-    ncols=3,
-    handlelength=4,
-    loc="outside upper center",
-  )
+  entries, where = axis.get_legend_handles_labels(), "outside upper center"
+  figure.legend(*entries, title=note, fontsize=8, ncols=4, handlelength=4, loc=where)
 
 
 def _plot_compute(models: dict) -> Figure:
@@ -279,7 +273,8 @@ def _plot_compute(models: dict) -> Figure:
     for i, model in enumerate(shown):
       fraction = models[model][policy]["metrics"]["nll/validation"]["compute_fraction"]
       x, label = i + (k - (len(policies) - 1) / 2) * width, policy if i == 0 else None
-      axis.plot([x, x], [0, fraction or 0], **STYLES[policy], markevery=[1], label=label)
+      height = np.nan if fraction is None else fraction
+      axis.plot([x, x], [0, height], **STYLES[policy], markevery=[1], label=label)
       axis.annotate(
         _percent(fraction), (x, fraction or 0), (0, 7), textcoords="offset points",
         ha="center", va="bottom", fontsize=7, rotation=90,
@@ -289,7 +284,7 @@ def _plot_compute(models: dict) -> Figure:
   axis.set_xlim(-0.5, len(shown) - 0.5)
   axis.margins(y=0.2)
   axis.set_ylim(bottom=0)
-  axis.set_ylabel("compute to match the baseline", fontsize=9)
+  axis.set_ylabel("compute to reach the final loss of none", fontsize=9)
   _legend(figure, axis, len(models) - len(shown), "models")
   return figure
 

@@ -178,7 +178,7 @@ def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> N
   workers.close()
   if hosts.leader():
     tasks = {
-      task: compare.Benchmark(len(questions), multiple_choice.chance(questions))
+      task: {"questions": len(questions), "chance": multiple_choice.chance(questions)}
       for task, questions in inputs.questions.items()
     }
     runs = main_runs(config, discard)

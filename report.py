@@ -27,7 +27,7 @@ from analysis_figures import short
 PAPER_R2 = {0: 0.163, 10: 0.561, 30: 0.693, 70: 0.813}  # Fig. 3 of the paper
 MIN_DOCUMENTS = 8  # corrupted (and clean) documents that a source needs to be judged
 MAX_SOURCES = 40  # in scores_by_source.png
-MAX_MEMBERS = 16  # in the legend of meta_gradients.png
+MAX_MEMBERS = 10  # inner models in losses.png and in the legend of meta_gradients.png
 BLUE, RED = "#0072B2", "#D55E00"  # of the color-blind-safe palette of Okabe and Ito
 STYLE = {"text.parse_math": False, "figure.constrained_layout.use": True}  # a source may be $x$
 
@@ -61,21 +61,15 @@ def write(workdir: Path, documents: list, config: dict) -> str:
   ]
   if metrics:
     final = metrics[-1]
-    correlation = final.get("score_autocorrelation")
-    results |= {
-      "outer_loss": float(np.mean(final["outer_loss"])),
-      "score_autocorrelation": correlation,
-      "skipped_meta_gradients": int(sum(np.sum(m["skipped"]) for m in metrics)),
-    }
-    compared = "there are no earlier scores to compare with"
-    if correlation is not None:
-      compared = (
-        f"scores correlate {correlation:.3f} with the scores {config['steps_per_call']} "
-        "meta-steps earlier"
-      )
+    outer_loss, skipped = np.mean(final["outer_loss"]), sum(np.sum(m["skipped"]) for m in metrics)
+    results |= {"outer_loss": float(outer_loss), "skipped_meta_gradients": int(skipped)}
+    compared = "no earlier scores to compare with"
+    if "score_autocorrelation" in final:
+      results["score_autocorrelation"] = final["score_autocorrelation"]
+      earlier = f"those {config['steps_per_call']} meta-steps earlier"
+      compared = f"scores correlate {final['score_autocorrelation']:.3f} with {earlier}"
     lines.append(
-      f"  outer loss {results['outer_loss']:.3f} nats per token; {compared}; "
-      f"{results['skipped_meta_gradients']} meta-gradients skipped"
+      f"  outer loss {outer_loss:.3f} nats per token; {compared}; {skipped} meta-gradients skipped"
     )
   if np.isfinite(noise).any() and len(set(noise[np.isfinite(noise)])) > 1:
     results["noise"] = noise_table(last, noise, source)
@@ -246,14 +240,11 @@ def _signed(correlation: float | None) -> str:
 
 
 def _source_line(source: SourceScores) -> str:
-  line = f"    {source.name:24s} {source.ranked.mean():+.3f}  (spread {source.ranked.std():.3f}, "
+  x, bad = source.ranked, source.corrupted
+  also = f"; {len(bad)} corrupted: {bad.mean():+.3f}" if len(bad) else ""
   if not len(source.clean):
-    return line + f"{len(source.corrupted)}, all of them corrupted)"
-  if not len(source.corrupted):
-    return line + f"{len(source.clean)})"
-  return line + (
-    f"{len(source.clean)}; {len(source.corrupted)} corrupted: {source.corrupted.mean():+.3f})"
-  )
+    also = ", all corrupted"
+  return f"    {source.name:24s} {x.mean():+.3f}  (spread {x.std():.3f}, {len(x)}{also})"
 
 
 def _plot_noise(fits: dict[int, dict]) -> Figure:
@@ -280,7 +271,7 @@ def _plot_sources(ranked: list[SourceScores], noise: np.ndarray) -> Figure:
       f"\n{len(ranked) - len(shown)} of {len(ranked)} sources, between the {half} best and the "
       f"{half} worst,\nare not shown: summary.txt lists all"
     )
-  figure, axis = plt.subplots(figsize=(6, 0.3 * len(shown) + 1.3))
+  figure, axis = plt.subplots(figsize=(7, 0.3 * len(shown) + 1.3))
   rows = list(enumerate(reversed(shown)))
   for field, offset, color in (("clean", 0.17, BLUE), ("corrupted", -0.17, RED)):
     boxes = [(y, s, getattr(s, field)) for y, s in rows if len(getattr(s, field))]
@@ -300,7 +291,7 @@ def _plot_sources(ranked: list[SourceScores], noise: np.ndarray) -> Figure:
     )
   if len(shown) < len(ranked):
     axis.axhline(len(shown) - half - 0.5, color="black", linewidth=0.8, linestyle=":")
-  axis.set_yticks(range(len(shown)), [short(source.name) for _, source in rows])
+  axis.set_yticks(range(len(shown)), [short(source.name, 40) for _, source in rows])
   axis.set_ylim(-0.6, len(shown) - 0.4)
   axis.set_xlabel("score of the rater")
   axis.set_title(f"Sources, {note}", fontsize=8, loc="left")
@@ -310,17 +301,19 @@ def _plot_sources(ranked: list[SourceScores], noise: np.ndarray) -> Figure:
 
 
 def _plot_losses(metrics: list[dict]) -> Figure:
-  """Mean losses, and each inner model's outer loss with marks where it was re-initialized."""
-  steps = [m["step"] for m in metrics]
+  """Mean losses, and the outer loss of each inner model with marks where it was re-initialized."""
   figure, axis = plt.subplots(figsize=(6.5, 4))
-  restarted = restarts(metrics)
-  for k, (member, (at, loss)) in enumerate(by_member(metrics, "outer_loss").items()):
-    new = restarted[member]
-    names = (
-      ("outer loss of each inner model", "after its re-initialization") if k == 0 else ("", "")
-    )
-    axis.plot(at, loss, color=RED, alpha=0.35, linewidth=0.6, label=names[0])
-    axis.plot(at[new], loss[new], "v", color="black", markersize=3.5, label=names[1])
+  losses, restarted = by_member(metrics, "outer_loss"), restarts(metrics)
+  label = "outer loss of each inner model"
+  if len(losses) > MAX_MEMBERS:
+    label = f"outer loss of {MAX_MEMBERS} of {len(losses)} inner models"
+  for member in list(losses)[:MAX_MEMBERS]:
+    (steps, loss), new = losses[member], restarted[member]
+    axis.plot(steps, loss, color=RED, alpha=0.35, linewidth=0.6, label=label)
+    label = None
+    axis.plot(steps[new], loss[new], "v", color="black", markersize=3.5)
+  axis.get_lines()[1].set_label("first loss after re-initialization")
+  steps = [m["step"] for m in metrics]
   for name, color, what in (
     ("inner_loss", BLUE, "mean inner loss (training data, unweighted)"),
     ("outer_loss", RED, "mean outer loss (held-out data)"),
@@ -336,20 +329,22 @@ def _plot_meta(metrics: list[dict]) -> Figure:
   figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
   for axis, name in zip(axes, ("meta_gradient_norm", "meta_update_norm"), strict=False):
     for member, (steps, values) in by_member(metrics, name).items():
-      axis.plot(steps, values, linewidth=1, label=f"inner model {member}")
+      axis.plot(steps, values, linewidth=1, label=member)
   axes[0].set_ylabel("norm of the meta-gradient")
-  axes[1].set_ylabel("norm of the inner model's update of eta")
+  axes[1].set_ylabel("norm of the update of eta")
   axes[0].set_yscale("log")
   axes[0].yaxis.set_major_formatter(LogFormatter())  # the default one writes math
   axes[0].yaxis.set_minor_formatter(LogFormatter())
   lines = axes[0].get_lines()
-  title = f"the first {MAX_MEMBERS} of {len(lines)}" if len(lines) > MAX_MEMBERS else None
+  title = "inner model"
+  if len(lines) > MAX_MEMBERS:
+    title = f"inner model (the first {MAX_MEMBERS} of {len(lines)}, whose colors repeat)"
   figure.legend(
-    handles=lines[:MAX_MEMBERS], title=title, fontsize=7, loc="outside upper center", ncols=8
+    handles=lines[:MAX_MEMBERS], title=title, fontsize=8, loc="outside upper center", ncols=10
   )
   corr = [(m["step"], m["score_autocorrelation"]) for m in metrics if "score_autocorrelation" in m]
   axes[2].plot(*zip(*corr, strict=True), color="black", linewidth=1)
-  axes[2].set_ylabel("correlation with the scores one call before")
+  axes[2].set_ylabel("correlation with the last call's scores")
   for axis in axes:
     axis.set_xlabel("meta-step")
   return figure
