@@ -1,5 +1,6 @@
 """evaluate.py from the command line: comparison, resume by kill -9, plan, bad input in one line."""
 
+import functools
 import itertools
 import json
 import os
@@ -217,9 +218,17 @@ def test_the_comparison_of_hand_made_curves(tmp_path):
   assert costs.flops("tiny", "pplx_top", 0.75) == 6 * 600 * tokens * (1 + 2 / 0.25 / 6)
 
 
-def draw(monkeypatch, folder, models, policies, sets=(), tasks=()):
-  """The figures of compare.write for made-up curves: each policy ends lower than the one before,
-  but `random` never reaches `none`."""
+@pytest.fixture
+def draw(monkeypatch):
+  """(folder, models, policies, evaluation sets, tasks) -> figures of compare.write, by name.
+
+  Each policy ends lower than the one before, but `random` never reaches `none`.
+  """
+  yield functools.partial(_draw, monkeypatch)
+  compare.plt.close("all")
+
+
+def _draw(monkeypatch, folder, models, policies, sets=(), tasks=()):
   runs, figures = [], {}
   order = [p for p in policies if p != "random"]
   for model, policy, seed in itertools.product(models, policies, (0, 1)):
@@ -262,9 +271,9 @@ def test_policies_differ_by_dash_and_marker_and_by_color_blind_safe_colors():
 
 
 @pytest.mark.parametrize("policies", [("none",), ("none", "datarater"), selection.POLICIES])
-def test_figures_show_each_policy_and_legends_cover_no_data(policies, monkeypatch, tmp_path):
+def test_figures_show_each_policy_and_legends_cover_no_data(policies, draw, tmp_path):
   name = "a $very$ long_name of an evaluation set.jsonl"
-  figures = draw(monkeypatch, tmp_path, ["tiny"], policies, [name], ["piqa"])
+  figures = draw(tmp_path, ["tiny"], policies, [name], ["piqa"])
   assert set(figures) == ({"learning_curves", "compute", "discard"})
   for figure in figures.values():
     (legend,) = figure.legends
@@ -288,8 +297,8 @@ def test_figures_show_each_policy_and_legends_cover_no_data(policies, monkeypatc
   assert labels == ["nats per token", "nats per token", "accuracy"]
 
 
-def test_accuracy_panels_show_the_level_of_chance(monkeypatch, tmp_path):
-  figures = draw(monkeypatch, tmp_path, ["tiny"], ["none", "random"], tasks=["piqa"])
+def test_accuracy_panels_show_the_level_of_chance(draw, tmp_path):
+  figures = draw(tmp_path, ["tiny"], ["none", "random"], tasks=["piqa"])
   nll, accuracy = figures["learning_curves"].axes
   dotted = [line for line in accuracy.get_lines() if line.get_linestyle() == ":"]
   assert [line.get_ydata()[0] for line in dotted] == [0.25]
@@ -299,9 +308,9 @@ def test_accuracy_panels_show_the_level_of_chance(monkeypatch, tmp_path):
   assert extent.x0 >= accuracy.get_window_extent().x1  # covers no data
 
 
-def test_many_panels_fold_and_the_figure_says_how_many_are_missing(monkeypatch, tmp_path):
+def test_many_panels_fold_and_the_figure_says_how_many_are_missing(draw, tmp_path):
   models, tasks = ["nano", "tiny", "mini"], [f"task{i}" for i in range(8)]
-  figures = draw(monkeypatch, tmp_path, models, ["none", "random"], ["a", "b", "c"], tasks)
+  figures = draw(tmp_path, models, ["none", "random"], ["a", "b", "c"], tasks)
   figure = figures["learning_curves"]  # 3 models x 12 metrics, of which 8 fit
   titles = [axis.get_title().partition(",")[0] for axis in figure.axes]
   sets = ["validation", "a", "b", "c", "task0", "task1", "task2", "task3"]
@@ -310,15 +319,15 @@ def test_many_panels_fold_and_the_figure_says_how_many_are_missing(monkeypatch, 
   assert "12 more panels not shown" in figure.legends[0].get_title().get_text()
   columns = {round(axis.get_position().x0, 3) for axis in figure.axes}
   assert len(columns) == compare.COLUMNS
-  few = draw(monkeypatch, tmp_path / "few", models, ["none"])["learning_curves"]
+  few = draw(tmp_path / "few", models, ["none"])["learning_curves"]
   assert not few.legends[0].get_title().get_text()
   many = compare.panels([f"model{i}" for i in range(30)], [("nll", "validation")])
   assert len(many) == compare.MAX_PANELS
 
 
-def test_the_compute_figure_has_no_height_for_a_policy_that_never_arrives(monkeypatch, tmp_path):
+def test_the_compute_figure_has_no_height_for_a_policy_that_never_arrives(draw, tmp_path):
   models = [f"model{i}" for i in range(10)]
-  axis = draw(monkeypatch, tmp_path, models, ["none", "random", "datarater"])["compute"].axes[0]
+  axis = draw(tmp_path, models, ["none", "random", "datarater"])["compute"].axes[0]
   assert len(axis.get_xticks()) == compare.MAX_MODELS
   title = axis.figure.legends[0].get_title().get_text()
   assert "2 more models not shown" in title
