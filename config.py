@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from kernels import BACKENDS
 
 import datarater
 import inner_loop
 import meta_step
 import transformer
 from corpus.documents import DataConfig
+from kernels import BACKENDS
 from runtime import devices
 from runtime.cli import check, option
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 
 import selection
-from evaluation import compare
+from evaluation import compare, multiple_choice
 from evaluation.plan import Config, costs, main_runs, plan_text, scorer_run, sweep_runs
 from evaluation.runs import open_inputs, rate, train_run
 from runtime import cli, cpu, devices, hosts, sharding
@@ -96,7 +96,12 @@ def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> N
   workers.do("training", train_run, main_runs(config, discard))
   workers.close()
   if hosts.is_leader():
-    print(compare.write(workdir, main_runs(config, discard), sweep_runs(config), costs(config)))
+    tasks = {
+      task: {"questions": len(questions), "chance": multiple_choice.chance(questions)}
+      for task, questions in inputs.questions.items()
+    }
+    runs = main_runs(config, discard)
+    print(compare.write(workdir, runs, sweep_runs(config), costs(config), tasks))
 
 
 if __name__ == "__main__":

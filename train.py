@@ -165,15 +165,17 @@ def draw(
 
 
 def write_metrics(file: Metrics, last_step: int, metrics: dict[str, Any], bar: tqdm.tqdm) -> None:
-  """A line for each of the K meta-steps of a call of meta_step.meta_steps."""
+  """A line for each of the K meta-steps of a call of meta_step.meta_steps. The last line has the
+  score_autocorrelation, unless the scores before the call were all equal, as a fresh rater's are."""
   if not hosts.is_leader():
     return
   metrics = dict(jax.device_get(metrics))
   correlation = float(metrics.pop("score_autocorrelation"))
+  comparable = metrics["score_std"][0].max() > 0
   K = len(metrics["outer_loss"])
   for i in range(K):
     row = {"step": last_step - K + 1 + i} | {name: x[i].tolist() for name, x in metrics.items()}
-    if i == K - 1:
+    if i == K - 1 and comparable:
       row["score_autocorrelation"] = correlation
     file.append(row)
   skipped = int(metrics["skipped"].sum())

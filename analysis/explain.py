@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from analysis.heuristics import NAMES
-from analysis.training_report import noise_table
+from analysis.training_report import noise_table, rank_sources
 from analysis.units import Units
 from runtime.cli import check
 from selection import top_k_mask
@@ -26,26 +26,30 @@ def analyse(units: Units, seed: int = 0) -> dict:
   known = len(set(noise)) > 1
   return {
     "kind": units.kind,
-    "by_source": by_source(units.scores, units.source),
+    "by_source": by_source(units.scores, units.noise, units.source),
     "discards": DISCARDS,
     "mixture": implied_mixture(units.scores, units.source, DISCARDS),
-    "noise": noise_table(units.scores, units.noise, units.source)
-    if known
-    else None,
+    "noise": noise_table(units.scores, units.noise, units.source) if known else None,
     **explain(units.features, units.scores, seed),
   }
 
 
-def by_source(scores: np.ndarray, source: np.ndarray) -> dict[str, dict[str, float]]:
-  """Count, mean and quantiles of the scores of each source, the best first."""
+def by_source(
+  scores: np.ndarray, noise: np.ndarray, source: np.ndarray
+) -> dict[str, dict[str, float]]:
+  """Count, mean and quantiles of each source's clean units, the best mean first.
+
+  A source without clean units comes last, with the numbers of its `corrupted` units.
+  """
   table = {}
-  for name in sorted(set(source.tolist())):
-    mine = scores[source == name].astype(float)
-    quantiles = np.quantile(mine, (0, 0.25, 0.5, 0.75, 1)).tolist()
+  for ranked in rank_sources(scores.astype(float), noise, source):
+    x = ranked.ranked
+    quantiles = np.quantile(x, (0, 0.25, 0.5, 0.75, 1)).tolist()
     names = ("lowest", "lower_quartile", "median", "upper_quartile", "highest")
-    table[name] = {"units": len(mine), "mean": float(mine.mean()), "std": float(mine.std())}
-    table[name] |= dict(zip(names, quantiles, strict=True))
-  return dict(sorted(table.items(), key=lambda item: -item[1]["mean"]))
+    table[ranked.name] = {"units": len(x), "corrupted": len(ranked.corrupted)}
+    table[ranked.name] |= {"mean": float(x.mean()), "std": float(x.std())}
+    table[ranked.name] |= dict(zip(names, quantiles, strict=True))
+  return table
 
 
 def implied_mixture(

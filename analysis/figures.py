@@ -1,7 +1,7 @@
-"""The plots of analyse.py's report, as SVG elements in the colours of the page.
+"""The plots of analyse.py's report, as SVG elements in the colors of the page.
 
-Letters stay letters (the browser's fonts, searchable); they and the lines are `currentColor`, which
-light and dark pages both show. Names from outside are made printable by the caller.
+Text stays text (searchable, in the browser's fonts). Text and lines are `currentColor`, so that
+light and dark pages both show them. The caller makes names from outside printable.
 """
 
 import io
@@ -16,10 +16,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from runtime.files import short
+
 PALETTE = [matplotlib.colors.to_hex(matplotlib.colormaps["tab20"](i)) for i in range(20)]
 BLUE, RED = "#4a8fd8", "#d9694f"
-WIDTH = 5.6  # inches; narrow, so that letters stay legible on a telephone
-INK = "#010203"  # stands for the page's colour of text; becomes currentColor
+WIDTH = 5.6  # inches; narrow, so that text stays legible on a phone
+INK = "#010203"  # placeholder that becomes currentColor
 STYLE = {
   "svg.fonttype": "none",
   "svg.hashsalt": "datarater",  # the same plot gives the same bytes
@@ -38,7 +40,7 @@ STYLE = {
 
 
 def svg(title: str, key: str, draw: Callable[..., Figure], *args) -> str:
-  """`draw(*args)` as one <svg> element; `key` keeps its ids apart from those of other plots."""
+  """`draw(*args)` as one <svg> element; `key` makes its ids unique in the page."""
   with plt.rc_context(STYLE), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has other fonts
     figure, file = draw(*args), io.StringIO()
@@ -53,7 +55,7 @@ def svg(title: str, key: str, draw: Callable[..., Figure], *args) -> str:
 
 
 def distributions(scores: dict[str, np.ndarray]) -> Figure:
-  """Density, quartiles and median of each named group, the first lowest (Fig. 7a)."""
+  """Density, quartiles and median of each named group, the first at the bottom (Fig. 7a)."""
   figure, axis = plt.subplots(figsize=(WIDTH, 0.28 * len(scores) + 0.6))
   for y, values in enumerate(scores.values()):
     if len(values) > 4 and np.ptp(values) > 0:
@@ -64,20 +66,20 @@ def distributions(scores: dict[str, np.ndarray]) -> Figure:
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     axis.plot([low, high], [y, y], color=INK, linewidth=2, solid_capstyle="butt")
     axis.plot([middle], [y], "o", color=INK, markersize=4)
-  axis.set_yticks(range(len(scores)), [f"{_short(n)} ({len(v)})" for n, v in scores.items()])
+  axis.set_yticks(range(len(scores)), [f"{short(n)} ({len(v)})" for n, v in scores.items()])
   axis.set_ylim(-0.7, len(scores) - 0.3)
   axis.set_xlabel("score of the rater")
   return figure
 
 
 def mixture(discards: Sequence[float], shares: dict[str, np.ndarray]) -> Figure:
-  """Stacked shares at each discard, in PALETTE's order (Fig. 7b); wide bands carry their name."""
+  """Stacked shares at each discard, in PALETTE's order (Fig. 7b); wide bands are labeled."""
   figure, axis = plt.subplots(figsize=(WIDTH, 3.6))
   axis.stackplot(discards, list(shares.values()), colors=PALETTE, linewidth=0)
   bottom = 0.0
   for name, share in shares.items():
     if share[-1] >= 0.04:
-      axis.text(discards[-1] + 0.01, bottom + share[-1] / 2, _short(name), va="center", fontsize=7)
+      axis.text(discards[-1] + 0.01, bottom + share[-1] / 2, short(name), va="center", fontsize=7)
     bottom += share[-1]
   axis.set_xlim(0, discards[-1])
   axis.set_ylim(0, 1)
@@ -87,7 +89,7 @@ def mixture(discards: Sequence[float], shares: dict[str, np.ndarray]) -> Figure:
 
 
 def noise(levels: np.ndarray, scores: np.ndarray) -> Figure:
-  """Boxes of scores at each known noise level, rounded to tenths."""
+  """A box of scores at each known noise level, rounded to tenths."""
   tenths = np.round(levels, 1)
   known = sorted(set(tenths[np.isfinite(tenths)].tolist()))
   figure, axis = plt.subplots(figsize=(WIDTH, 2.8))
@@ -101,8 +103,10 @@ def noise(levels: np.ndarray, scores: np.ndarray) -> Figure:
     boxprops=dict(facecolor=BLUE, edgecolor=INK),
     **{key: dict(color=INK) for key in ("whiskerprops", "capprops", "medianprops")},
   )
-  axis.set_xlabel("noise level")
-  axis.set_ylabel("score less the source's mean")
+  axis.set_xticks(known, [f"{level:g}" for level in known])
+  axis.set_xlim(min(known) - 0.06, max(known) + 0.06)
+  axis.set_xlabel("noise level, rounded to tenths")
+  axis.set_ylabel("score minus the mean\nof the source's clean text")
   return figure
 
 
@@ -118,7 +122,3 @@ def bars(values: dict[str, float], label: str, intervals: Sequence | None = None
   axis.set_ylim(-0.6, len(values) - 0.4)
   axis.set_xlabel(label)
   return figure
-
-
-def _short(name: str) -> str:
-  return name if len(name) <= 24 else name[:23] + "\u2026"

@@ -1,7 +1,7 @@
-"""The report of analyse.py as one HTML page: no script, nothing fetched, light and dark.
+"""The report of analyse.py as one HTML page: no scripts, no requests, light and dark.
 
-All text from outside passes `printable`, which names characters that do not show or would turn the
-layout, and then `html.escape`.
+All text from outside passes `printable`, which names invisible characters and those that change
+the text's direction, and then `html.escape`.
 """
 
 import html
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from analysis import figures
+from analysis import figures, training_report
 from analysis.heuristics import MEANING
 
 PAPER = {
@@ -28,9 +28,10 @@ PAPER = {
     "non_alphanumeric_fraction": -0.33,
   },
 }
-MAX_SOURCES = 20  # with a band, a row and examples of their own
+MAX_SOURCES = 20  # groups in figures and tables; the smallest sources share one
+MAX_ROWS = 100  # of the noise table
 EXTREMES, MEDIANS, PER_SOURCE = 6, 4, 2  # documents shown
-SHOWN_CHARS, SHOWN_LINES, MAX_CHARS = 600, 12, 6000  # of a document: at once; unfolded
+SHOWN_CHARS, SHOWN_LINES, MAX_CHARS = 600, 12, 6000  # of a document: folded (two limits); unfolded
 
 _CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6570; --line: #d5dae0;
@@ -71,13 +72,13 @@ article summary { padding: .25rem .7rem; font-size: .85rem; }
 
 
 def render(units, header: dict[str, str], results: dict) -> str:
-  """The page, a function of its arguments alone (analyse.Units; what analyse.analyse returns)."""
+  """The page as a pure function of analyse.Units, the header and the results of analyse.analyse."""
   group, order = _grouped(units.source)
   sections = [
     _head(header),
     _numbers(results),
     _distributions(units, group, order),
-    _mixture(results, group, order),
+    _mixture(units, results, order),
     _noise(units, results),
     _explained(results),
     _documents(units, group, order),
@@ -91,10 +92,10 @@ def render(units, header: dict[str, str], results: dict) -> str:
 
 
 def printable(text: str) -> str:
-  """The text with every character in sight, <U+XXXX> for those that do not show.
+  """The text with <U+XXXX> for invisible characters.
 
-  Those are controls (but newline and tab), what takes no room or turns the direction of what
-  follows, halves of surrogate pairs and noncharacters.
+  These are controls (except newline and tab), zero-width characters, changes of text direction,
+  halves of surrogate pairs and noncharacters.
   """
   return re.sub(f"[{_HIDDEN}]", lambda match: f"<U+{ord(match[0]):04X}>", text)
 
@@ -106,7 +107,7 @@ _HIDDEN = (
 
 
 def _name(source: str) -> str:
-  """A source's name or a document's, on one line and no longer than a line."""
+  """The name of a source or document on one line, shortened to 60 characters."""
   name = printable(" ".join(source.split()))
   return name if len(name) <= 60 else f"{name[:40]}\u2026{name[-19:]}"
 
@@ -116,7 +117,8 @@ def _text(text: str) -> str:
 
 
 def _grouped(source: np.ndarray) -> tuple[np.ndarray, list[str]]:
-  """Each unit's source, small ones as one, and their names, the most frequent first."""
+  """The group [U] of each unit (its source, or one for all small sources) and the groups' names,
+  the most frequent source first."""
   counts = Counter(source.tolist())
   names = [name for name, _ in counts.most_common()]
   if len(names) <= MAX_SOURCES:
@@ -124,6 +126,17 @@ def _grouped(source: np.ndarray) -> tuple[np.ndarray, list[str]]:
   rest = f"{len(names) - MAX_SOURCES + 1} other sources"
   names = names[: MAX_SOURCES - 1]
   return np.where(np.isin(source, names), source, rest), [*names, rest]
+
+
+def _folded(order: list[str], source: np.ndarray) -> str:
+  """A sentence on the sources that share a group, if any do."""
+  count = len(set(source.tolist()))
+  if count == len(order):
+    return ""
+  return (
+    f" The {len(order) - 1} most frequent of {count} sources are shown by name, all others as one "
+    f"group; analysis.json lists each."
+  )
 
 
 def _head(header: dict[str, str]) -> str:
@@ -155,18 +168,19 @@ def _numbers(results: dict) -> str:
 
 
 def _distributions(units, group: np.ndarray, order: list[str]) -> str:
-  scores = {name: units.scores[group == name].astype(float) for name in order}
-  ranked = sorted(scores.items(), key=lambda item: np.median(item[1]))
-  scores = {_name(name): values for name, values in ranked}
-
+  ranked = training_report.rank_sources(units.scores.astype(float), units.noise, group, np.median)
+  scores = {
+    _name(s.name) + ("" if len(s.clean) else " (corrupted)"): s.ranked for s in reversed(ranked)
+  }
   return (
     "<h2>Scores by source</h2>\n<p>Density, quartiles (bar) and median (dot) of the scores of each "
-    "source, the best median on top; in brackets how many were rated. As the paper's Fig. 7a.</p>"
+    f"source's {training_report.ranking_documents(units.noise, units.kind)}, the best median on top; their "
+    f"number in brackets.{_folded(order, units.source)} As the paper's Fig. 7a.</p>"
     + _figure("scores by source", "scores", figures.distributions, scores)
   )
 
 
-def _mixture(results: dict, group: np.ndarray, order: list[str]) -> str:
+def _mixture(units, results: dict, order: list[str]) -> str:
   discards, mixture = results["discards"], results["mixture"]
   shares = {name: np.array(mixture[name]) for name in order if name in mixture}
   for name in order:
@@ -181,7 +195,8 @@ def _mixture(results: dict, group: np.ndarray, order: list[str]) -> str:
   ]
   return (
     f"<h2>Implied mixture</h2>\n<p>Each source's share of the {results['kind']}s that are left "
-    "when the lowest-rated of all are discarded. As the paper's Fig. 7b.</p>"
+    "when the lowest-rated of all are discarded, corrupted ones included."
+    f"{_folded(order, units.source)} As the paper's Fig. 7b.</p>"
     + _figure("implied mixture", "mixture", figures.mixture, discards, bands)
     + "<p>In percent, in the order of the bands:</p>"
     + _table(["discarded", *(f"{discard:.1f}" for discard in discards)], rows)
@@ -198,20 +213,27 @@ def _noise(units, results: dict) -> str:
       f"{rho:+.3f}",
       f"{table['auroc'][name]:.3f}" if name in table["auroc"] else "",
     ]
-    for name, rho in sorted(table["spearman"].items(), key=lambda item: item[1])[:100]
+    for name, rho in sorted(table["spearman"].items(), key=lambda item: item[1])
   ]
+  note = ""
+  if len(rows) > MAX_ROWS:
+    note = f"<p>The first {MAX_ROWS} of {len(rows)} sources; analysis.json lists each.</p>"
   few = table["too_few_documents"]
-  note = f"<p>Too few to judge: {_text(', '.join(map(_name, few[:40])))}.</p>" if few else ""
-  centred = units.scores.astype(float)
-  for name in set(units.source.tolist()):
-    centred[units.source == name] -= centred[units.source == name].mean()
+  if few:
+    more = f" and {len(few) - 40} more" if len(few) > 40 else ""
+    note += f"<p>Too few to judge: {_text(', '.join(map(_name, few[:40])))}{more}.</p>"
+  centered = units.scores.astype(float)
+  for source in training_report.rank_sources(centered.copy(), units.noise, units.source):
+    centered[units.source == source.name] -= source.ranked.mean()
   return (
     "<h2>Score against noise</h2>\n<p>Part of this text has a known share of its characters "
-    "corrupted; the rater was never told. Within a source: Spearman correlation of level and score "
-    "among the corrupted (-1: the noisier, the lower), and how well the score tells clean from "
-    "corrupted at 0.2 or more (AUROC; 1: perfectly).</p>"
-    + _figure("score against noise level", "noise", figures.noise, units.noise, centred)
-    + _table(["source", "Spearman", "AUROC"], rows)
+    "corrupted; the rater was never told. The figure shows scores minus the mean score of the "
+    "source's clean text (of all its text where none is clean). The table shows for each source "
+    "the Spearman correlation of noise level and score among its corrupted text (-1: noisier text "
+    "always scores lower) and how well the score tells clean text from text with a level of 0.2 or "
+    "more (AUROC; 1: perfectly).</p>"
+    + _figure("score against noise level", "noise", figures.noise, units.noise, centered)
+    + _table(["source", "Spearman", "AUROC"], rows[:MAX_ROWS])
     + note
   )
 
@@ -247,22 +269,20 @@ def _explained(results: dict) -> str:
     for name, value in pearson.items()
   ]
   constant = ", ".join(f"<code>{name}</code>" for name in results["constant"])
-  notes = (
-    f"<p>The same for every {results['kind']}, so left out: {constant}.</p>" if constant else ""
-  )
+  notes = f"<p>Left out, equal for every {results['kind']}: {constant}.</p>" if constant else ""
   if ols["rank"] < ols["heuristics"]:
     notes += (
-      f"<p>Some heuristics follow exactly from others here (rank {ols['rank']} of "
+      f"<p>Some heuristics are linear combinations of others here (rank {ols['rank']} of "
       f"{ols['heuristics']}): least squares takes the solution of least norm.</p>"
     )
   if results["noise"] is not None:
-    notes += "<p>Corruption changes the heuristics too: in part they stand for it here.</p>"
+    notes += "<p>Corruption changes the heuristics too, so they partly measure it here.</p>"
   names = ["heuristic", "r", "95%", "Lasso", "paper's Lasso", "meaning"]
   return (
     "<h2>What simple heuristics explain</h2>\n<p>Pearson correlation of each heuristic of the "
-    "paper's Table 1 with the score, and linear fits of the score on all of them, z-scored; "
-    "cross-validation of 10 folds, 5 times: mean and standard deviation over them. The paper's "
-    f"values, for reference, are of other text and another rater: {PAPER['data']}.</p>"
+    "paper's Table 1 with the score, and linear fits of the score on all of them, z-scored. "
+    "Cross-validated: mean and standard deviation over 5 times 10 folds. The paper's values come "
+    f"from other text and another rater: {PAPER['data']}.</p>"
     + _table(["fit", "here", "paper (Pile)"], fits)
     + notes
     + "<h3>Correlation with the score</h3>"
@@ -288,8 +308,8 @@ def _documents(units, group: np.ndarray, order: list[str]) -> str:
 
   middle = max((len(ranked) - MEDIANS) // 2, 0)
   parts = [
-    f"<h2>{units.kind.capitalize()}s</h2>\n<p>As the paper's Fig. 8. Characters that do not show "
-    "are named: &lt;U+0000&gt;.</p>",
+    f"<h2>{units.kind.capitalize()}s</h2>\n<p>As the paper's Fig. 8. Invisible characters are "
+    f"named: &lt;U+0000&gt;.{_folded(order, units.source)}</p>",
     f"<h3>Lowest scores</h3>\n{show(ranked[:EXTREMES])}",
     f"<h3>At the median</h3>\n{show(ranked[middle : middle + MEDIANS])}",
     f"<h3>Highest scores</h3>\n{show(ranked[::-1][:EXTREMES])}",

@@ -1,12 +1,14 @@
-"""What a run learned: a plain summary, results.json and figures, from the files of its workdir.
+"""The report of a training run: summary.txt, results.json, validation_scores.jsonl and figures.
 
-Everything is judged on validation documents, which neither loop has seen. Where the documents carry
-a known noise level (the demo, or a `noise` field of one's own data) score and level are compared
-within each source: the sources themselves differ in worth, so pooled figures mix two things.
+All scores are of validation documents, which neither loop has seen. Where documents carry a known
+noise level (the demo, or a `noise` field in your data), noise and score are compared within each
+source, and sources are ranked by their clean documents: means over all documents would mix the
+worth of a source with its share of corrupted documents.
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -14,13 +16,33 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
-from runtime.files import save_figure, write_text
+from runtime.files import save_figure, short, write_text
 
 PAPER_R2 = {0: 0.163, 10: 0.561, 30: 0.693, 70: 0.813}  # Fig. 3 of the paper
-MIN_DOCUMENTS = 8  # corrupted (and clean) documents of a source, below which it is left out
+MIN_DOCUMENTS = 8  # corrupted (and clean) documents that a source needs to be judged
+MAX_SOURCES = 40  # in scores_by_source.png
+MAX_MEMBERS = 10  # inner models in losses.png and in the legend of meta_gradients.png
+BLUE, RED = "#0072B2", "#D55E00"  # of the color-blind-safe palette of Okabe and Ito
+STYLE = {"text.parse_math": False, "figure.constrained_layout.use": True}  # a source may be $x$
 
 
+class SourceScores(NamedTuple):
+  """The scores of one source's documents."""
+
+  name: str
+  clean: np.ndarray  # [n]: documents that are not known to be corrupted
+  corrupted: np.ndarray  # [m]
+
+  @property
+  def ranked(self) -> np.ndarray:
+    """The scores that rank the source: of its clean documents, if it has any."""
+    return self.clean if len(self.clean) else self.corrupted
+
+
+@plt.rc_context(STYLE)
 def write(workdir: Path, documents: list, config: dict) -> str:
   """Writes the summary, results.json, validation_scores.jsonl and figures; returns the summary."""
   scores = {int(p.stem): np.load(p) for p in (workdir / "scores").glob("*.npy")}
@@ -36,32 +58,31 @@ def write(workdir: Path, documents: list, config: dict) -> str:
   ]
   if metrics:
     final = metrics[-1]
-    skipped = int(sum(np.sum(m["skipped"]) for m in metrics))
-    results |= {
-      "outer_loss": float(np.mean(final["outer_loss"])),
-      "score_autocorrelation": final.get("score_autocorrelation"),
-      "skipped_meta_gradients": skipped,
-    }
+    outer_loss, skipped = np.mean(final["outer_loss"]), sum(np.sum(m["skipped"]) for m in metrics)
+    results |= {"outer_loss": float(outer_loss), "skipped_meta_gradients": int(skipped)}
+    compared = "no earlier scores to compare with"
+    if "score_autocorrelation" in final:
+      results["score_autocorrelation"] = final["score_autocorrelation"]
+      earlier = f"those {config['steps_per_call']} meta-steps earlier"
+      compared = f"scores correlate {final['score_autocorrelation']:.3f} with {earlier}"
     lines.append(
-      f"  outer loss {results['outer_loss']:.3f} nats a token; scores correlate "
-      f"{results['score_autocorrelation']:.3f} with those {config['steps_per_call']} meta-steps "
-      f"before; {skipped} meta-gradients skipped"
+      f"  outer loss {outer_loss:.3f} nats per token; {compared}; {skipped} meta-gradients skipped"
     )
   if np.isfinite(noise).any() and len(set(noise[np.isfinite(noise)])) > 1:
     results["noise"] = noise_table(last, noise, source)
-    results["weight_fit_r2"] = {
-      step: weight_fit(s, noise, source)["r2"] for step, s in scores.items()
-    }
+    fits = {step: weight_fit(s, noise, source) for step, s in scores.items()}
+    for name in ("r2", "spearman"):
+      results[f"weight_fit_{name}"] = {step: fit[name] for step, fit in fits.items()}
     lines += _noise_lines(results)
-    save_figure(workdir / "noise_vs_weight.png", _plot_noise(scores, noise, source))
+    save_figure(workdir / "noise_vs_weight.png", _plot_noise(fits))
   else:
     lines.append("  no known noise levels in these documents: scores are reported by source only")
-  lines.append("  mean score by source, best first:")
-  by_source = {s: last[source == s] for s in sorted(set(source))}
-  for name, values in sorted(by_source.items(), key=lambda kv: -kv[1].mean()):
-    lines.append(f"    {name:24s} {values.mean():+.3f}  (spread {values.std():.3f}, {len(values)})")
-  results["score_by_source"] = {k: float(v.mean()) for k, v in by_source.items()}
-  save_figure(workdir / "scores_by_source.png", _plot_sources(by_source, noise, source, last))
+  ranked = rank_sources(last, noise, source)
+  lines.append(f"  sources, best first by the mean score of their {ranking_documents(noise)}:")
+  lines += map(_source_line, ranked)
+  results["score_by_source"] = {s.name: float(s.ranked.mean()) for s in ranked}
+  results["score_by_source_of"] = ranking_documents(noise)
+  save_figure(workdir / "scores_by_source.png", _plot_sources(ranked, noise))
   if metrics:
     save_figure(workdir / "losses.png", _plot_losses(metrics))
     save_figure(workdir / "meta_gradients.png", _plot_meta(metrics))
@@ -81,9 +102,27 @@ def write(workdir: Path, documents: list, config: dict) -> str:
   return summary
 
 
+def rank_sources(
+  scores: np.ndarray, noise: np.ndarray, source: np.ndarray, statistic: Callable = np.mean
+) -> list[SourceScores]:
+  """Sources [], the best `statistic` of their clean documents first; all-corrupted sources last."""
+  sources = []
+  for name in sorted(set(source.tolist())):
+    mine, bad = source == name, noise > 0
+    sources.append(SourceScores(name, scores[mine & ~bad], scores[mine & bad]))
+  return sorted(sources, key=lambda s: (len(s.clean) == 0, -statistic(s.ranked)))
+
+
+def ranking_documents(noise: np.ndarray, kind: str = "document") -> str:
+  """The documents that `rank_sources` uses, in words."""
+  if not (noise > 0).any():
+    return f"{kind}s"
+  return f"{kind}s not known to be corrupted" if np.isnan(noise).any() else f"clean {kind}s"
+
+
 def noise_table(scores: np.ndarray, noise: np.ndarray, source: np.ndarray) -> dict:
   """Per source: Spearman correlation of level and score among the corrupted documents, and AUROC
-  of clean against corrupted at levels >= 0.2. Sources with too few documents are named only."""
+  of clean against corrupted at levels >= 0.2. Sources with too few documents are only named."""
   spearman, auroc, too_few = {}, {}, []
   for name in sorted(set(source)):
     mine = source == name
@@ -108,7 +147,8 @@ def noise_table(scores: np.ndarray, noise: np.ndarray, source: np.ndarray) -> di
 def weight_fit(scores: np.ndarray, noise: np.ndarray, source: np.ndarray, batch: int = 128) -> dict:
   """Linear fit of softmax weight on noise level over the corrupted documents (the paper's Fig. 3).
 
-  Weights are taken in batches of 128 documents, relative to the mean weight of the source.
+  The softmax runs over random batches of 128 documents of all sources. `spearman` is None where
+  all weights are equal.
   """
   order = np.random.default_rng(0).permutation(np.flatnonzero(noise > 0))
   weights = np.full(len(scores), np.nan)
@@ -117,16 +157,36 @@ def weight_fit(scores: np.ndarray, noise: np.ndarray, source: np.ndarray, batch:
     exp = np.exp(scores[chunk] - scores[chunk].max())
     weights[chunk] = exp / exp.sum() * (len(chunk) / batch)
   x, y = noise[order], weights[order]
-  if np.ptp(y) == 0:
-    return {"r2": 0.0, "x": x, "y": y, "slope": 0.0, "intercept": float(y[0])}
-  fit = scipy.stats.linregress(x, y)
-  return {
-    "r2": float(fit.rvalue**2),
-    "x": x,
-    "y": y,
-    "slope": fit.slope,
-    "intercept": fit.intercept,
-  }
+  fit = {"x": x, "y": y}
+  if np.ptp(y) == 0 or np.ptp(x) == 0:
+    return fit | {"r2": 0.0, "spearman": None, "slope": 0.0, "intercept": float(y.mean())}
+  line = scipy.stats.linregress(x, y)
+  fit |= {"r2": float(line.rvalue**2), "slope": line.slope, "intercept": line.intercept}
+  return fit | {"spearman": float(scipy.stats.spearmanr(x, y).statistic)}
+
+
+def fitted_line(fit: dict) -> tuple[np.ndarray, np.ndarray]:
+  """The ends (x [2], y [2]) of a fit's line, which stops where the weight reaches zero."""
+  x = np.array([fit["x"].min(), fit["x"].max()])
+  y = fit["intercept"] + fit["slope"] * x
+  if (y < 0).any():
+    x = np.where(y < 0, -fit["intercept"] / fit["slope"], x)
+  return x, np.maximum(y, 0)
+
+
+def by_member(metrics: list[dict], name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+  """Inner model -> (the meta-steps [K] that it took part in, values [K] of a metric)."""
+  found = {}
+  for row in metrics:
+    for member, value in zip(row["member"], row[name], strict=True):
+      found.setdefault(member, []).append((row["step"], value))
+  return {member: tuple(np.array(found[member]).T) for member in sorted(found)}
+
+
+def restarts(metrics: list[dict]) -> dict[int, np.ndarray]:
+  """Inner model -> bool [K]: whether it was re-initialized before a meta-step of `by_member`."""
+  ages = by_member(metrics, "age")
+  return {member: np.diff(age, prepend=0) <= 0 for member, (_, age) in ages.items()}
 
 
 def _noise_lines(results: dict) -> list[str]:
@@ -135,7 +195,7 @@ def _noise_lines(results: dict) -> list[str]:
   if table["spearman"]:
     lines.append(
       f"  noise level against score, within a source: Spearman {table['spearman_mean']:+.3f} "
-      f"(mean of {len(table['spearman'])} sources; -1 = the noisier, the lower)"
+      f"(mean of {len(table['spearman'])} sources; -1: noisier documents always score lower)"
     )
   if table["auroc"]:
     lines.append(
@@ -149,80 +209,121 @@ def _noise_lines(results: dict) -> list[str]:
     for step, r2 in results["weight_fit_r2"].items()
   )
   lines.append(f"  R^2 of weight on noise level at meta-step {fits}")
+  ranks = ", ".join(f"{s}: {_signed(rho)}" for s, rho in results["weight_fit_spearman"].items())
+  lines.append(f"  Spearman of weight and noise level at meta-step {ranks}")
   return lines
 
 
-def _plot_noise(scores, noise, source):
-  figure, axes = plt.subplots(
-    1, len(scores), figsize=(3.2 * len(scores), 3), sharey=True, squeeze=False
-  )
-  for axis, (step, values) in zip(axes[0], scores.items(), strict=True):
-    fit = weight_fit(values, noise, source)
+def _signed(correlation: float | None) -> str:
+  return "undefined" if correlation is None else f"{correlation:+.3f}"
+
+
+def _source_line(source: SourceScores) -> str:
+  x, bad = source.ranked, source.corrupted
+  also = f"; {len(bad)} corrupted: {bad.mean():+.3f}" if len(bad) else ""
+  if not len(source.clean):
+    also = ", all corrupted"
+  return f"    {source.name:24s} {x.mean():+.3f}  (spread {x.std():.3f}, {len(x)}{also})"
+
+
+def _plot_noise(fits: dict[int, dict]) -> Figure:
+  figure, axes = plt.subplots(1, len(fits), figsize=(3.2 * len(fits), 3.2), sharey=True)
+  for axis, (step, fit) in zip(np.atleast_1d(axes), fits.items(), strict=True):
     jitter = np.random.default_rng(0).uniform(-0.02, 0.02, len(fit["x"]))
-    axis.scatter(fit["x"] + jitter, fit["y"], s=6, alpha=0.5, linewidths=0)
-    ends = np.array([fit["x"].min(), fit["x"].max()])
-    axis.plot(ends, fit["intercept"] + fit["slope"] * ends, color="black", linewidth=1)
-    axis.set_title(f"meta-step {step}, $R^2$ = {fit['r2']:.3f}", fontsize=10)
+    axis.scatter(fit["x"] + jitter, fit["y"], s=6, alpha=0.5, linewidths=0, color=BLUE)
+    axis.plot(*fitted_line(fit), color="black", linewidth=1)
+    quality = f"R² {fit['r2']:.3f}, Spearman {_signed(fit['spearman'])}"
+    axis.set_title(f"meta-step {step}\n{quality}", fontsize=9)
     axis.set_xlabel("noise level of the document")
-  axes[0][0].set_ylabel("weight in a batch of 128")
+  np.atleast_1d(axes)[0].set_ylabel("weight in a batch of 128")
   return figure
 
 
-def _plot_sources(by_source, noise, source, scores):
-  names = sorted(by_source, key=lambda name: by_source[name].mean())[-40:]
-  figure, axis = plt.subplots(figsize=(6, 0.3 * len(names) + 1))
-  for kind, offset, color, label in (
-    (noise > 0, -0.15, "tab:red", "corrupted"),
-    (~(noise > 0), 0.15, "tab:blue", "clean or unknown"),
-  ):
-    picked = [(i + offset, scores[(source == name) & kind]) for i, name in enumerate(names)]
-    for k, (y, values) in enumerate([p for p in picked if len(p[1])]):
-      axis.boxplot(
-        values,
-        positions=[y],
-        orientation="horizontal",
-        widths=0.25,
-        showfliers=False,
-        patch_artist=True,
-        boxprops=dict(facecolor=color, alpha=0.6),
-        medianprops=dict(color="black"),
-        label=label if k == 0 else None,
-      )
-  axis.set_yticks(range(len(names)), names)
+def _plot_sources(ranked: list[SourceScores], noise: np.ndarray) -> Figure:
+  """A box for the clean and one for the corrupted documents of each source, the best on top."""
+  note = f"best first by the mean score of their {ranking_documents(noise)}"
+  shown = ranked
+  if len(ranked) > MAX_SOURCES:
+    half = MAX_SOURCES // 2
+    shown = ranked[:half] + ranked[-half:]
+    note += (
+      f"\n{len(ranked) - len(shown)} of {len(ranked)} sources, between the {half} best and the "
+      f"{half} worst,\nare not shown: summary.txt lists all"
+    )
+  figure, axis = plt.subplots(figsize=(7, 0.3 * len(shown) + 1.3))
+  rows = list(enumerate(reversed(shown)))
+  for field, offset, color in (("clean", 0.17, BLUE), ("corrupted", -0.17, RED)):
+    boxes = [(y, s, getattr(s, field)) for y, s in rows if len(getattr(s, field))]
+    if not boxes:
+      continue
+    axis.boxplot(
+      [values for _, _, values in boxes],
+      positions=[y + (offset if len(s.clean) and len(s.corrupted) else 0) for y, s, _ in boxes],
+      orientation="horizontal",
+      widths=0.28,
+      manage_ticks=False,
+      showfliers=False,
+      patch_artist=True,
+      boxprops=dict(facecolor=color, alpha=0.6),
+      medianprops=dict(color="black"),
+      label="not known to be corrupted" if field == "clean" and np.isnan(noise).any() else field,
+    )
+  if len(shown) < len(ranked):
+    axis.axhline(len(shown) - half - 0.5, color="black", linewidth=0.8, linestyle=":")
+  axis.set_yticks(range(len(shown)), [short(source.name, 40) for _, source in rows])
+  axis.set_ylim(-0.6, len(shown) - 0.4)
   axis.set_xlabel("score of the rater")
-  axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+  axis.set_title(f"Sources, {note}", fontsize=8, loc="left")
+  if (noise > 0).any():
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
   return figure
 
 
-def _plot_losses(metrics):
+def _plot_losses(metrics: list[dict]) -> Figure:
+  """Mean losses, and the outer loss of each inner model with marks where it was re-initialized."""
+  figure, axis = plt.subplots(figsize=(6.5, 4))
+  losses, restarted = by_member(metrics, "outer_loss"), restarts(metrics)
+  label = "outer loss of each inner model"
+  if len(losses) > MAX_MEMBERS:
+    label = f"outer loss of {MAX_MEMBERS} of {len(losses)} inner models"
+  for member in list(losses)[:MAX_MEMBERS]:
+    (steps, loss), new = losses[member], restarted[member]
+    axis.plot(steps, loss, color=RED, alpha=0.35, linewidth=0.6, label=label)
+    label = None
+    axis.plot(steps[new], loss[new], "v", color="black", markersize=3.5)
+  axis.get_lines()[1].set_label("first loss after re-initialization")
   steps = [m["step"] for m in metrics]
-  figure, axis = plt.subplots(figsize=(6, 3.5))
-  outer = np.array([np.mean(m["outer_loss"]) for m in metrics])
-  inner = np.array([np.mean(m["inner_loss"]) for m in metrics])
-  axis.plot(steps, inner, label="inner loss (training data, unweighted)", linewidth=1)
-  axis.plot(steps, outer, label="outer loss (held-out data)", linewidth=1)
+  for name, color, what in (
+    ("inner_loss", BLUE, "mean inner loss (training data, unweighted)"),
+    ("outer_loss", RED, "mean outer loss (held-out data)"),
+  ):
+    axis.plot(steps, [np.mean(m[name]) for m in metrics], color=color, linewidth=1.3, label=what)
   axis.set_xlabel("meta-step")
-  axis.set_ylabel("nats a token, mean over inner models")
-  axis.legend(fontsize=8)
+  axis.set_ylabel("nats per token")
+  figure.legend(fontsize=8, loc="outside upper center", ncols=2)
   return figure
 
 
-def _plot_meta(metrics):
-  figure, axes = plt.subplots(1, 3, figsize=(13, 3.5))
-  members = sorted({i for m in metrics for i in m["member"]})
-  for member in members:
-    picked = [(m["step"], m["member"].index(member), m) for m in metrics if member in m["member"]]
-    steps = [step for step, _, _ in picked]
-    for axis, name in zip(axes, ("meta_gradient_norm", "meta_update_norm"), strict=False):
-      axis.plot(steps, [m[name][i] for _, i, m in picked], linewidth=1, label=f"member {member}")
+def _plot_meta(metrics: list[dict]) -> Figure:
+  figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+  for axis, name in zip(axes, ("meta_gradient_norm", "meta_update_norm"), strict=False):
+    for member, (steps, values) in by_member(metrics, name).items():
+      axis.plot(steps, values, linewidth=1, label=member)
   axes[0].set_ylabel("norm of the meta-gradient")
-  axes[1].set_ylabel("norm of the member's update of eta")
+  axes[1].set_ylabel("norm of the update of eta")
   axes[0].set_yscale("log")
-  axes[0].legend(fontsize=7)
+  axes[0].yaxis.set_major_formatter(LogFormatter())  # the default one writes math
+  axes[0].yaxis.set_minor_formatter(LogFormatter())
+  lines = axes[0].get_lines()
+  title = "inner model"
+  if len(lines) > MAX_MEMBERS:
+    title = f"inner model (the first {MAX_MEMBERS} of {len(lines)}, whose colors repeat)"
+  figure.legend(
+    handles=lines[:MAX_MEMBERS], title=title, fontsize=8, loc="outside upper center", ncols=10
+  )
   corr = [(m["step"], m["score_autocorrelation"]) for m in metrics if "score_autocorrelation" in m]
   axes[2].plot(*zip(*corr, strict=True), color="black", linewidth=1)
-  axes[2].set_ylabel("correlation with the scores one call before")
+  axes[2].set_ylabel("correlation with the last call's scores")
   for axis in axes:
     axis.set_xlabel("meta-step")
-  figure.tight_layout()
   return figure

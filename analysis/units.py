@@ -131,9 +131,7 @@ def _checked(units: Units) -> Units:
     count >= MIN_UNITS,
     f"there are {count} {units.kind}s to rate, {MIN_UNITS} are needed: give more text with --data",
   )
-  check(
-    np.isfinite(units.scores).all(), "the rater gives scores that are not finite: train again"
-  )
+  check(np.isfinite(units.scores).all(), "the rater gives scores that are not finite: train again")
   check(
     np.ptp(units.scores) > 0,
     f"the rater gives every {units.kind} the same score: train it for more meta-steps",

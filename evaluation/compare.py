@@ -1,10 +1,12 @@
-"""The comparison of selection policies: table, compute fractions and figures, from learning curves.
+"""Compares selection policies by their learning curves: table, compute fractions and figures.
 
-A run's folder holds curve.jsonl: a line for each evaluation with `step`, `train` (its mean loss on
-its own batches since the last one), `nll` {evaluation set: nats a token} and `accuracy` {task}.
+A run's folder holds curve.jsonl, a line for each evaluation: `step`, `train` (mean loss on the
+training batches since the last evaluation), `nll` {evaluation set: nats per token} and `accuracy`
+{task: share of questions}.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,21 +15,28 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import selection
-from runtime.files import save_figure, write_text
+from runtime.files import save_figure, short, write_text
 
-COLORS = dict(
-  zip(
+STYLES = {  # colors of Okabe and Ito, which color-blind readers tell apart
+  policy: {"color": color, "linestyle": (0, dashes), "marker": marker}
+  for policy, color, dashes, marker in zip(
     selection.POLICIES,
-    ("black", "tab:gray", "tab:red", "tab:blue", "tab:green", "tab:purple"),
+    ("#000000", "#56B4E9", "#D55E00", "#0072B2", "#009E73", "#CC79A7"),
+    ((), (1, 1), (6, 1.5), (3, 1.5), (6, 1.5, 1, 1.5), (3, 1.5, 1, 1.5, 1, 1.5)),
+    "osD^vX",
     strict=True,
   )
-)
+}
+MAX_PANELS, COLUMNS = 24, 4  # of learning_curves.png
+MAX_MODELS = 8  # in compute.png
 
 
 class Costs(NamedTuple):
-  """What FLOPs are counted from."""
+  """Sizes of models and runs, from which FLOPs are counted."""
 
   parameters: dict[str, int]  # by size
   rater: int  # parameters
@@ -36,18 +45,49 @@ class Costs(NamedTuple):
   sequence_length: int
 
   def overhead(self, model: str, policy: str, discard: float) -> float:
-    """FLOPs of rating over those of training."""
+    """FLOPs of rating / FLOPs of training."""
     scorers = {"datarater": self.rater}
     scorers |= dict.fromkeys(selection.PERPLEXITY, self.parameters[self.scorer])
     if policy not in scorers:
       return 0.0
-    return selection.rating_overhead(scorers[policy], self.parameters[model], discard)
+    return rating_overhead(scorers[policy], self.parameters[model], discard)
 
   def flops(self, model: str, policy: str, discard: float) -> float:
-    """Of one run, rating included: 6 N D (1 + overhead)."""
+    """FLOPs of one run with its rating: 6 N D (1 + overhead)."""
     recipe = self.recipes[model]
     tokens = recipe.steps * recipe.batch * self.sequence_length
     return 6 * self.parameters[model] * tokens * (1 + self.overhead(model, policy, discard))
+
+
+def compute_fraction(
+  steps: Sequence[float],
+  values: Sequence[float],
+  baseline_steps: float,
+  baseline_final: float,
+  overhead: float = 0.0,
+  higher_is_better: bool = False,
+) -> float | None:
+  """The share of the baseline's compute that matches its final value (the paper's Fig. 1):
+
+    s * (1 + overhead), s = steps at which the curve first reaches `baseline_final` / its steps,
+
+  linear between evaluations. None where the curve never reaches it.
+  """
+  sign = -1 if higher_is_better else 1
+  gaps = [sign * (value - baseline_final) for value in values]
+  for i, gap in enumerate(gaps):
+    if gap <= 0:
+      reached = steps[i]
+      if i > 0:
+        reached -= (steps[i] - steps[i - 1]) * gap / (gap - gaps[i - 1])
+      return reached / baseline_steps * (1 + overhead)
+  return None
+
+
+def rating_overhead(scorer_parameters: int, lm_parameters: int, discard: float) -> float:
+  """FLOPs of rating the oversampled batch over those of a training step on the kept batch:
+  2 N_rater / (1 - rho) per kept token over 6 N_lm."""
+  return 2 * scorer_parameters / (1 - discard) / (6 * lm_parameters)
 
 
 def best_discard(workdir: Path, sweep: list) -> float:
@@ -64,8 +104,12 @@ def read_curve(workdir: Path, run) -> list[dict]:
   return [json.loads(line) for line in lines]
 
 
-def write(workdir: Path, runs: list, sweep: list, costs: Costs) -> str:
-  """Writes results.json, table.md and the figures; returns the table."""
+@plt.rc_context(report.STYLE)
+def write(workdir: Path, runs: list, sweep: list, costs: Costs, benchmarks: dict) -> str:
+  """Writes results.json, table.md and the figures; returns the table.
+
+  benchmarks: {task: {"questions": their number, "chance": accuracy of random choices}}.
+  """
   curves = {run: read_curve(workdir, run) for run in dict.fromkeys([*runs, *sweep])}
   results = {"costs": json.loads(json.dumps(costs._asdict(), default=lambda x: x._asdict()))}
   results["models"] = {
@@ -75,8 +119,9 @@ def write(workdir: Path, runs: list, sweep: list, costs: Costs) -> str:
   if sweep:
     results["sweep"] = _sweep(sweep, curves)
     save_figure(workdir / "discard.png", _plot_sweep(results["sweep"], sweep[0].model))
+  results["benchmarks"] = benchmarks
   results["curves"] = {run.name: curve for run, curve in curves.items()}
-  save_figure(workdir / "learning_curves.png", _plot_curves(runs, curves))
+  save_figure(workdir / "learning_curves.png", _plot_curves(runs, curves, benchmarks))
   save_figure(workdir / "compute.png", _plot_compute(results["models"]))
   table = _table(results, costs)
   for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", table)):
@@ -85,12 +130,24 @@ def write(workdir: Path, runs: list, sweep: list, costs: Costs) -> str:
 
 
 def metrics_of(row: dict) -> dict[tuple[str, str], float]:
-  """(kind, name) -> value of one line of a curve."""
+  """(kind, name) -> value, of one line of a curve."""
   return {(kind, n): v for kind in ("nll", "accuracy") for n, v in row.get(kind, {}).items()}
 
 
+def panels(models: list[str], metrics: list) -> list[tuple]:
+  """The (model, metric) pairs of the learning curves, at most MAX_PANELS.
+
+  Every model gets as many metrics, with the first evaluation sets and the first tasks among them.
+  """
+  models = models[:MAX_PANELS]
+  kinds = [kind for kind, _ in metrics]
+  place = {metric: kinds[:i].count(metric[0]) for i, metric in enumerate(metrics)}
+  kept = sorted(metrics, key=place.get)[: MAX_PANELS // len(models)]
+  return [(model, metric) for model in models for metric in metrics if metric in kept]
+
+
 def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
-  """policy -> metric -> final values by seed, and the compute fraction by seed and of the mean."""
+  """policy -> metric -> final values by seed; compute fractions of each seed and of the mean."""
   members = {}
   for run in runs:
     members.setdefault(run.policy, []).append(run)
@@ -105,7 +162,7 @@ def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
 
       def fraction(curve, final, steps=steps, overhead=overhead, metric=metric):
         higher = metric[0] == "accuracy"
-        return selection.compute_fraction(steps, curve, steps[-1], final, overhead, higher)
+        return compute_fraction(steps, curve, steps[-1], final, overhead, higher)
 
       out[policy]["metrics"]["/".join(metric)] = {
         "final": values[:, -1].tolist(),
@@ -120,13 +177,13 @@ def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
 
 
 def _by_seed(runs: list, curves: dict, metric) -> tuple[list[int], np.ndarray]:
-  """(steps, values [seeds, evaluations])."""
+  """Steps and values [seeds, evaluations] of a metric."""
   steps = [row["step"] for row in curves[runs[0]]]
   return steps, np.array([[metrics_of(row)[metric] for row in curves[run]] for run in runs])
 
 
 def _sweep(sweep: list, curves: dict) -> dict:
-  """set -> rho -> final NLL by seed; rho = 0 is the unfiltered baseline."""
+  """Evaluation set -> rho -> final NLL by seed; rho = 0 is the unfiltered baseline."""
   out = {}
   for run in sweep:
     for name, value in curves[run][-1]["nll"].items():
@@ -163,9 +220,15 @@ def _table(results: dict, costs: Costs) -> str:
       lines.append(f"| {policy} | {result['discard']:g} | {' | '.join(cells)} | {cell} |")
     lines.append("")
   lines.append(
-    "NLL in nats a token at the end, mean ± sd over seeds; compute counts the rater's inference on "
-    "the oversampled batches; never: not reached."
+    "NLL in nats per token at the end, mean ± sd over seeds; compute counts the rater's inference "
+    "on the oversampled batches; never: not reached."
   )
+  if results["benchmarks"]:
+    tasks = "; ".join(
+      f"{task}: {b['questions']:,} questions, chance {b['chance']:.3f}"
+      for task, b in results["benchmarks"].items()
+    )
+    lines += ["", f"Accuracy on {tasks}."]
   if "sweep" in results:
     means = {rho: np.mean(v) for rho, v in results["sweep"]["selection"].items()}
     swept = ", ".join(f"{rho}: {mean:.3f}" for rho, mean in means.items())
@@ -177,66 +240,95 @@ def _percent(fraction: float | None) -> str:
   return "never" if fraction is None else f"{fraction:.0%}"
 
 
-def _plot_curves(runs: list, curves: dict):
-  """Mean over seeds and its range, for each size and metric."""
-  models = list(dict.fromkeys(run.model for run in runs))
+def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
+  """Mean and range over seeds: a panel for each size and metric, a line for each policy."""
+  models, policies = (list(dict.fromkeys(run[i] for run in runs)) for i in (0, 1))
   metrics = [m for m in metrics_of(curves[runs[0]][-1]) if m[1] != "selection"]
-  figure, axes = plt.subplots(
-    len(models), len(metrics), figsize=(5 * len(metrics), 3.6 * len(models)), squeeze=False
-  )
-  for i, model in enumerate(models):
-    for axis, metric in zip(axes[i], metrics, strict=True):
-      for policy in dict.fromkeys(run.policy for run in runs):
-        mine = [run for run in runs if run.model == model and run.policy == policy]
-        steps, values = _by_seed(mine, curves, metric)
-        mean, color = values.mean(0), COLORS[policy]
-        axis.plot(steps, mean, color=color, label=policy, linewidth=1.3)
-        axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-        if policy == "none":
-          axis.axhline(mean[-1], color=color, linewidth=0.7, linestyle=":")
-      first = len(steps) // 5  # the first steps would set the scale
-      shown = np.concatenate([line.get_ydata()[first:] for line in axis.get_lines()])
-      pad = 0.05 * np.ptp(shown)
-      axis.set_ylim(shown.min() - pad, shown.max() + pad)
-      axis.set_title(f"{model}: {metric[1]}", fontsize=10)
-      axis.set_xlabel("step")
-      axis.set_ylabel("nats a token" if metric[0] == "nll" else "accuracy")
-  axes[0][0].legend(fontsize=8)
-  figure.tight_layout()
+  shown, total = panels(models, metrics), len(models) * len(metrics)
+  models = list(dict.fromkeys(model for model, _ in shown))
+  each = len(shown) // len(models)
+  rows = -(-each // COLUMNS)  # for each model
+  columns = -(-each // rows)
+  size = max(3.8 * columns, 6), 3 * rows * len(models) + 0.6
+  figure, axes = plt.subplots(rows * len(models), columns, figsize=size, squeeze=False)
+  axes = axes.reshape(len(models), -1)
+  for axis in axes[:, each:].flat:
+    axis.remove()
+  for axis, (model, metric) in zip(axes[:, :each].flat, shown, strict=True):
+    kind, name = metric
+    title, heights = f"{model}: {short(name)}", []
+    for policy in policies:
+      members = [run for run in runs if run.model == model and run.policy == policy]
+      steps, values = _by_seed(members, curves, metric)
+      style = STYLES[policy] | {"markevery": max(1, len(steps) // 5), "markersize": 4}
+      axis.plot(steps, values.mean(0), **style, label=policy, linewidth=1.3)
+      axis.fill_between(
+        steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0
+      )
+      heights += [*values[:, len(steps) // 5 :].flat]  # the first steps would set the scale
+      if policy == "none":
+        axis.axhline(values[:, -1].mean(), color="black", linewidth=0.5, label="none, at the end")
+    if kind == "accuracy" and name in benchmarks:
+      chance = benchmarks[name]["chance"]
+      title += f", {benchmarks[name]['questions']:,} questions"
+      heights.append(chance)
+      axis.axhline(chance, color="black", linewidth=1, linestyle=":")
+      axis.annotate(
+        "chance", (1, chance), (3, 0), axis.get_yaxis_transform(), "offset points",
+        va="center", fontsize=7, annotation_clip=False,
+      )  # fmt: skip
+    pad = 0.05 * np.ptp(heights) or 0.01
+    axis.set_ylim(min(heights) - pad, max(heights) + pad)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel("nats per token" if kind == "nll" else "accuracy")
+  _legend(figure, axes[0][0], total - len(shown), "panels")
   return figure
 
 
-def _plot_compute(models: dict):
+def _legend(figure: Figure, axis: Axes, left_out: int, what: str) -> None:
+  """Outside of the axes, with a note on what the figure leaves out."""
+  note = f"{left_out} more {what} not shown: table.md has all results" if left_out else None
+  entries, where = axis.get_legend_handles_labels(), "outside upper center"
+  figure.legend(*entries, title=note, fontsize=8, ncols=4, handlelength=4, loc=where)
+
+
+def _plot_compute(models: dict) -> Figure:
   """Share of the baseline's compute that reaches its final NLL on validation (Fig. 1)."""
-  figure, axis = plt.subplots(figsize=(1.2 + 2.6 * len(models), 3.4))
-  policies = [policy for policy in next(iter(models.values())) if policy != "none"]
+  shown = list(models)[:MAX_MODELS]
+  policies = [policy for policy in models[shown[0]] if policy != "none"]
   width = 0.8 / max(len(policies), 1)
+  size = max(4.5, 1 + 0.3 * len(shown) * (len(policies) + 1)), 4
+  figure, axis = plt.subplots(figsize=size)
   for k, policy in enumerate(policies):
-    for i, result in enumerate(models.values()):
-      fraction = result[policy]["metrics"]["nll/validation"]["compute_fraction"]
-      x = i + (k - (len(policies) - 1) / 2) * width
-      label = policy if i == 0 else None
-      axis.bar(x, fraction or 0, width * 0.9, color=COLORS[policy], label=label)
-      text = f"{fraction:.0%}" if fraction is not None else "never"
-      axis.text(x, (fraction or 0) + 0.01, text, ha="center", va="bottom", fontsize=7, rotation=90)
+    for i, model in enumerate(shown):
+      fraction = models[model][policy]["metrics"]["nll/validation"]["compute_fraction"]
+      x, label = i + (k - (len(policies) - 1) / 2) * width, policy if i == 0 else None
+      height = np.nan if fraction is None else fraction
+      axis.plot([x, x], [0, height], **STYLES[policy], markevery=[1], label=label)
+      axis.annotate(
+        _percent(fraction), (x, fraction or 0), (0, 7), textcoords="offset points",
+        ha="center", va="bottom", fontsize=7, rotation=90,
+      )  # fmt: skip
   axis.axhline(1, color="black", linewidth=0.7, linestyle=":")
-  axis.set_xticks(range(len(models)), models)
+  axis.set_xticks(range(len(shown)), shown)
+  axis.set_xlim(-0.5, len(shown) - 0.5)
   axis.margins(y=0.2)
-  axis.set_ylabel("compute to match the baseline", fontsize=9)
-  if policies:
-    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+  axis.set_ylim(bottom=0)
+  axis.set_ylabel("compute to reach the final loss of none", fontsize=9)
+  _legend(figure, axis, len(models) - len(shown), "models")
   return figure
 
 
-def _plot_sweep(sweep: dict, model: str):
+def _plot_sweep(sweep: dict, model: str) -> Figure:
   """Final NLL against the discard fraction (Fig. 4)."""
-  figure, axis = plt.subplots(figsize=(4.5, 3.4))
-  for name in ("selection", "validation"):
+  figure, axis = plt.subplots(figsize=(4.5, 3.6))
+  for name, style, color in (("selection", "o--", report.BLUE), ("validation", "s-", "black")):
     rhos = sorted(sweep[name], key=float)
     values = np.array([sweep[name][rho] for rho in rhos])
-    axis.plot(np.array(rhos, float), values.mean(1), marker="o", label=name)
+    axis.plot(np.array(rhos, float), values.mean(1), style, color=color, label=name)
   axis.set_xlabel("discard fraction")
-  axis.set_ylabel("nats a token at the end")
+  axis.set_ylabel("nats per token at the end")
   axis.set_title(model, fontsize=10)
-  axis.legend(fontsize=8)
+  _legend(figure, axis, 0, "")
   return figure

@@ -158,11 +158,16 @@ def accuracy(
     "accuracy": share,
     "accuracy_raw": _share_right(scores, questions),
     "standard_error": math.sqrt(share * (1 - share) / len(questions)),
-    "chance": float(np.mean([1 / len(question.choices) for question in questions])),
+    "chance": chance(questions),
     "questions": len(questions),
     "contexts_cut": sum(row.context_cut for row in rows),
     "choices_cut": sum(row.scale > 1 for row in rows),
   }
+
+
+def chance(questions: list[Question]) -> float:
+  """The expected accuracy of random choices."""
+  return float(np.mean([1 / len(question.choices) for question in questions]))
 
 
 def sequence_logprob(

@@ -31,3 +31,10 @@ def save_figure(path: str | os.PathLike, figure: Any) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=120, bbox_inches="tight"))
   plt.close(figure)
+
+
+def short(name: str, limit: int = 24) -> str:
+  """A name in one line of at most `limit` characters: its beginning and its end."""
+  name = " ".join(name.split())
+  end = limit // 3
+  return name if len(name) <= limit else f"{name[: limit - end - 1]}\u2026{name[-end:]}"

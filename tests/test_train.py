@@ -49,6 +49,8 @@ def test_a_run_leaves_its_rater_metrics_scores_and_figures(finished):
   assert [row["step"] for row in rows] == list(range(1, 13))
   assert np.shape(rows[0]["inner_loss"]) == (2, 2) and np.shape(rows[0]["outer_loss"]) == (2,)
   assert rows[0]["effective_sample_size"] == pytest.approx([4, 4])  # uniform at the start
+  compared = [row["step"] for row in rows if "score_autocorrelation" in row]
+  assert compared == [4, 6, 8, 10, 12]  # a line for each call but the first
   for name in ("noise_vs_weight", "scores_by_source", "losses", "meta_gradients"):
     assert (workdir / f"{name}.png").stat().st_size > 5000
   results = json.loads((workdir / "results.json").read_text())

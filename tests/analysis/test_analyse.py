@@ -94,10 +94,15 @@ def test_mixture_equals_sorting_by_hand_at_every_discard():
 
 
 def test_scores_by_source_by_hand():
-  table = analyse.by_source(np.array([1, 2, 3, 10], np.float32), np.array(["b", "b", "b", "a"]))
-  assert list(table) == ["a", "b"]
+  scores = np.array([1, 2, 3, 10, -50, 99], np.float32)
+  noise = np.array([0, 0, np.nan, 0, 0.5, 0.5])  # corrupted: one of a, and all of c
+  table = analyse.by_source(scores, noise, np.array(["b", "b", "b", "a", "a", "c"]))
+  assert list(table) == ["a", "b", "c"]
+  assert (table["a"]["mean"], table["a"]["units"], table["a"]["corrupted"]) == (10, 1, 1)
+  assert (table["c"]["mean"], table["c"]["units"], table["c"]["corrupted"]) == (99, 1, 1)
   assert table["b"] == {
     "units": 3,
+    "corrupted": 0,
     "mean": 2,
     "std": pytest.approx((2 / 3) ** 0.5),
     "lowest": 1,
@@ -321,10 +326,59 @@ def test_many_sources_are_grouped_and_one_source_or_no_noise_are_no_error():
   last = re.search(r"41 other sources</td>(.*?)</tr>", many)[1]
   cells = [float(x) for x in re.findall(r"[\d.]+", last.replace("td", ""))]
   largest = sorted(map(u.source.tolist().count, set(u.source)))[-19:]
+  assert many.count("The 19 most frequent of 60 sources are shown by name") == 3
+  assert "are shown by name" not in page(units())
   assert len(cells) == 10 and cells[0] == pytest.approx(100 * (1 - sum(largest) / 200), abs=0.06)
   one = units(sources=("all",))
   one = page(one._replace(noise=np.full(len(one.texts), np.nan)))
   assert one.count("<svg") == 4 and "Score against noise" not in one
+
+
+def test_the_page_ranks_sources_and_centers_scores_by_clean_text(monkeypatch):
+  drawn = {}
+  names = ("distributions", "noise")
+  originals = {name: getattr(analysis_figures, name) for name in names}
+  for name in names:
+    keep = lambda *args, name=name: drawn.update({name: args}) or originals[name](*args)
+    monkeypatch.setattr(analysis_figures, name, keep)
+  u = units(n=120)
+  noise, shift = np.zeros(120), np.zeros(120)
+  shift[u.source == "a"] = 5
+  noise[(u.source == "a") & (np.arange(120) % 4 > 0)] = 0.5  # most of the best source
+  noise[u.source == "c"], shift[u.source == "c"] = 0.3, 20  # nothing is clean
+  scores = (u.scores + shift - 40 * noise).astype(np.float32)
+  text = page(u._replace(noise=noise, scores=scores))
+  (groups,) = drawn["distributions"]
+  assert list(groups) == ["c (corrupted)", "b", "a"]  # upwards
+  clean = scores[(u.source == "a") & (noise == 0)]
+  np.testing.assert_allclose(sorted(groups["a"]), sorted(clean))
+  assert "the scores of each source's clean documents, the best median on top" in text
+  levels, centered = drawn["noise"]
+  assert levels is not u.noise and np.array_equal(levels, noise)
+  for name in "ab":  # zero is the mean of the source's clean text
+    assert centered[(u.source == name) & (noise == 0)].mean() == pytest.approx(0, abs=1e-5)
+  assert centered[(u.source == "a") & (noise > 0)].mean() < -19
+
+
+def test_noise_boxes_stand_on_their_labels():
+  levels = np.array([0, 0.04, 0.2, 0.2, 0.45, 1, np.nan])
+  figure = analysis_figures.noise(levels, np.arange(7.0))
+  (axis,) = figure.axes
+  assert [t.get_text() for t in axis.get_xticklabels()] == ["0", "0.2", "0.4", "1"]
+  centers = [np.mean(patch.get_path().get_extents().intervalx) for patch in axis.patches]
+  assert axis.get_xticks() == pytest.approx(centers)
+  low, high = axis.get_xlim()
+  assert low < -0.025 and high > 1.025  # boxes are whole
+  analysis_figures.plt.close(figure)
+
+
+def test_a_long_noise_table_says_how_many_rows_are_missing(monkeypatch):
+  monkeypatch.setattr(analysis_page, "MAX_ROWS", 2)
+  text = page(units())
+  assert "The first 2 of 3 sources; analysis.json lists each." in text
+  results = analyse.analyse(units())
+  results["noise"]["too_few_documents"] = [f"source {i}" for i in range(45)]
+  assert "source 39 and 5 more.</p>" in analysis_page.render(units(), HEADER, results)
 
 
 # A browser.

@@ -1,5 +1,7 @@
 """evaluate.py from the command line: comparison, resume by kill -9, plan, bad input in one line."""
 
+import functools
+import itertools
 import json
 import os
 import signal
@@ -7,6 +9,7 @@ import time
 
 import data
 import jobs
+import matplotlib.text
 import numpy as np
 import pytest
 
@@ -61,6 +64,7 @@ def test_all_policies_start_alike_and_are_compared(finished):
   finals = [p["metrics"]["nll/validation"]["mean"] for p in policies.values()]
   assert len(set(finals)) == len(finals)  # each policy trained on something else
   assert policies["none"]["metrics"]["accuracy/piqa"]["mean"] == 0.5  # one pair, both answers
+  assert results["benchmarks"] == {"piqa": {"questions": 4, "chance": 0.5}}
   assert "nll/mine.jsonl" in policies["none"]["metrics"]
   assert (workdir / "table.md").read_text().strip() in output
   for name in ("learning_curves", "compute", "discard"):
@@ -196,7 +200,8 @@ def test_the_comparison_of_hand_made_curves(tmp_path):
     (folder / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs.append(run)
   sweep = [run for run in runs if run.policy != "random"]
-  table = compare.write(tmp_path, runs, sweep, costs)
+  table = compare.write(tmp_path, runs, sweep, costs, {"x": {"questions": 1500, "chance": 0.25}})
+  assert "Accuracy on x: 1,500 questions, chance 0.250." in table and "nats per token" in table
   results = json.loads((tmp_path / "results.json").read_text())["models"]["tiny"]
   metric = results["datarater"]["metrics"]["nll/validation"]
   assert metric["mean"] == pytest.approx(1.1) and metric["sd"] == pytest.approx(0.2 / np.sqrt(2))
@@ -210,3 +215,125 @@ def test_the_comparison_of_hand_made_curves(tmp_path):
   tokens = 40 * 2 * 16
   assert costs.flops("tiny", "none", 0) == 6 * 600 * tokens
   assert costs.flops("tiny", "pplx_top", 0.75) == 6 * 600 * tokens * (1 + 2 / 0.25 / 6)
+
+
+@pytest.fixture
+def draw(monkeypatch):
+  """(folder, models, policies, evaluation sets, tasks) -> figures of compare.write, by name.
+
+  Each policy ends lower than the one before, but `random` never reaches `none`.
+  """
+  yield functools.partial(_draw, monkeypatch)
+  compare.plt.close("all")
+
+
+def _draw(monkeypatch, folder, models, policies, sets=(), tasks=()):
+  runs, figures = [], {}
+  order = [p for p in policies if p != "random"]
+  for model, policy, seed in itertools.product(models, policies, (0, 1)):
+    run = evaluate.Run(model, policy, 0.0 if policy == "none" else 0.5, seed)
+    (folder / "runs" / run.name).mkdir(parents=True)
+    end = 2.5 if policy == "random" else 2 - 0.1 * order.index(policy)
+    rows = [
+      {
+        "step": 10 * k,
+        "nll": dict.fromkeys(("validation", "selection", *sets), end + 1 / k + seed / 100),
+        "accuracy": dict.fromkeys(tasks, 0.4 + 0.01 * k),
+      }
+      for k in range(1, 11)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "runs" / run.name / "curve.jsonl").write_text(text)
+    runs.append(run)
+  recipe = pretrain.Recipe(1e-3, batch=2, steps=100, evaluations=10)
+  costs = compare.Costs(
+    dict.fromkeys(models, 600), 60, models[0], dict.fromkeys(models, recipe), 16
+  )
+  benchmarks = {task: {"questions": 1500, "chance": 0.25} for task in tasks}
+
+  def keep(path, figure):
+    figure.draw_without_rendering()
+    figures[path.stem] = figure
+
+  monkeypatch.setattr(compare.report, "save_figure", keep)
+  sweep = [run for run in runs if run.policy in ("none", "datarater")]
+  compare.write(folder, runs, sweep, costs, benchmarks)
+  return figures
+
+
+def test_policies_differ_by_dash_and_marker_and_by_color_blind_safe_colors():
+  okabe_ito = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
+  assert list(compare.STYLES) == list(selection.POLICIES)
+  for key in ("color", "linestyle", "marker"):
+    assert len({str(style[key]) for style in compare.STYLES.values()}) == len(selection.POLICIES)
+  assert all(style["color"] in okabe_ito for style in compare.STYLES.values())
+
+
+@pytest.mark.parametrize("policies", [("none",), ("none", "datarater"), selection.POLICIES])
+def test_figures_show_each_policy_and_legends_cover_no_data(policies, draw, tmp_path):
+  name = "a $very$ long_name of an evaluation set.jsonl"
+  figures = draw(tmp_path, ["tiny"], policies, [name], ["piqa"])
+  assert set(figures) == ({"learning_curves", "compute", "discard"})
+  for figure in figures.values():
+    (legend,) = figure.legends
+    boxes = [axis.get_window_extent() for axis in figure.axes]
+    assert not any(legend.get_window_extent().overlaps(box) for box in boxes)
+    assert not any(axis.get_legend() for axis in figure.axes)
+    assert not any(text.get_parse_math() for text in figure.findobj(matplotlib.text.Text))
+  for axis in figures["learning_curves"].axes:
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    for policy in policies:
+      assert lines[policy].get_marker() == compare.STYLES[policy]["marker"]
+      assert lines[policy].get_color() == compare.STYLES[policy]["color"]
+    assert lines["none, at the end"].get_ydata()[0] == lines["none"].get_ydata()[-1]
+  titles = [axis.get_title() for axis in figures["learning_curves"].axes]
+  assert titles == [
+    "tiny: validation",
+    "tiny: a $very$ long_n\u2026et.jsonl",
+    "tiny: piqa, 1,500 questions",
+  ]
+  labels = [axis.get_ylabel() for axis in figures["learning_curves"].axes]
+  assert labels == ["nats per token", "nats per token", "accuracy"]
+
+
+def test_accuracy_panels_show_the_level_of_chance(draw, tmp_path):
+  figures = draw(tmp_path, ["tiny"], ["none", "random"], tasks=["piqa"])
+  nll, accuracy = figures["learning_curves"].axes
+  dotted = [line for line in accuracy.get_lines() if line.get_linestyle() == ":"]
+  assert [line.get_ydata()[0] for line in dotted] == [0.25]
+  assert accuracy.get_ylim()[0] < 0.25 < accuracy.get_ylim()[1]
+  assert [text.get_text() for text in accuracy.texts] == ["chance"] and not nll.texts
+  extent = accuracy.texts[0].get_window_extent()
+  assert extent.x0 >= accuracy.get_window_extent().x1  # covers no data
+
+
+def test_many_panels_fold_and_the_figure_says_how_many_are_missing(draw, tmp_path):
+  models, tasks = ["nano", "tiny", "mini"], [f"task{i}" for i in range(8)]
+  figures = draw(tmp_path, models, ["none", "random"], ["a", "b", "c"], tasks)
+  figure = figures["learning_curves"]  # 3 models x 12 metrics, of which 8 fit
+  titles = [axis.get_title().partition(",")[0] for axis in figure.axes]
+  sets = ["validation", "a", "b", "c", "task0", "task1", "task2", "task3"]
+  assert titles == [f"{model}: {name}" for model in models for name in sets]
+  assert len(titles) == compare.MAX_PANELS
+  assert "12 more panels not shown" in figure.legends[0].get_title().get_text()
+  columns = {round(axis.get_position().x0, 3) for axis in figure.axes}
+  assert len(columns) == compare.COLUMNS
+  few = draw(tmp_path / "few", models, ["none"])["learning_curves"]
+  assert not few.legends[0].get_title().get_text()
+  many = compare.panels([f"model{i}" for i in range(30)], [("nll", "validation")])
+  assert len(many) == compare.MAX_PANELS
+
+
+def test_the_compute_figure_has_no_height_for_a_policy_that_never_arrives(draw, tmp_path):
+  models = [f"model{i}" for i in range(10)]
+  axis = draw(tmp_path, models, ["none", "random", "datarater"])["compute"].axes[0]
+  assert len(axis.get_xticks()) == compare.MAX_MODELS
+  title = axis.figure.legends[0].get_title().get_text()
+  assert "2 more models not shown" in title
+  texts = [text.get_text() for text in axis.texts]
+  assert texts.count("never") == 8 and all(text == "never" or text[-1] == "%" for text in texts)
+  markers = {marker: [] for marker in "sD"}
+  for line in axis.get_lines():
+    if line.get_marker() in markers:
+      markers[line.get_marker()].append(line.get_ydata()[1])
+  assert np.isnan(markers["s"]).all() and 0 < min(markers["D"]) <= max(markers["D"]) < 1.5
