@@ -166,7 +166,7 @@ def draw(
 
 def write_metrics(file: Metrics, last_step: int, metrics: dict[str, Any], bar: tqdm.tqdm) -> None:
   """A line for each of the K meta-steps of a call of meta_step.meta_steps. The last line has the
-  score_autocorrelation, unless the scores before the call were all equal, as a fresh rater's are."""
+  score_autocorrelation, unless all scores before the call were equal, as a fresh rater's are."""
   if not hosts.is_leader():
     return
   metrics = dict(jax.device_get(metrics))

@@ -10,13 +10,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from runtime.files import short
+from runtime.figures import short
 
 PALETTE = [matplotlib.colors.to_hex(matplotlib.colormaps["tab20"](i)) for i in range(20)]
 BLUE, RED = "#4a8fd8", "#d9694f"

@@ -174,8 +174,8 @@ def _distributions(units, group: np.ndarray, order: list[str]) -> str:
   }
   return (
     "<h2>Scores by source</h2>\n<p>Density, quartiles (bar) and median (dot) of the scores of each "
-    f"source's {training_report.ranking_documents(units.noise, units.kind)}, the best median on top; their "
-    f"number in brackets.{_folded(order, units.source)} As the paper's Fig. 7a.</p>"
+    f"source's {training_report.ranking_documents(units.noise, units.kind)}, the best median on "
+    f"top; their number in brackets.{_folded(order, units.source)} As the paper's Fig. 7a.</p>"
     + _figure("scores by source", "scores", figures.distributions, scores)
   )
 

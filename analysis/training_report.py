@@ -7,26 +7,23 @@ worth of a source with its share of corrupted documents.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from runtime.files import save_figure, short, write_text
+from runtime.figures import BLUE, RED, STYLE, save_figure, short
+from runtime.files import write_text
 
 PAPER_R2 = {0: 0.163, 10: 0.561, 30: 0.693, 70: 0.813}  # Fig. 3 of the paper
 MIN_DOCUMENTS = 8  # corrupted (and clean) documents that a source needs to be judged
 MAX_SOURCES = 40  # in scores_by_source.png
 MAX_MEMBERS = 10  # inner models in losses.png and in the legend of meta_gradients.png
-BLUE, RED = "#0072B2", "#D55E00"  # of the color-blind-safe palette of Okabe and Ito
-STYLE = {"text.parse_math": False, "figure.constrained_layout.use": True}  # a source may be $x$
 
 
 class SourceScores(NamedTuple):

@@ -10,16 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import selection
-from runtime.files import save_figure, short, write_text
+from runtime.figures import BLUE, STYLE, save_figure, short
+from runtime.files import write_text
 
 STYLES = {  # colors of Okabe and Ito, which color-blind readers tell apart
   policy: {"color": color, "linestyle": (0, dashes), "marker": marker}
@@ -104,7 +102,7 @@ def read_curve(workdir: Path, run) -> list[dict]:
   return [json.loads(line) for line in lines]
 
 
-@plt.rc_context(report.STYLE)
+@plt.rc_context(STYLE)
 def write(workdir: Path, runs: list, sweep: list, costs: Costs, benchmarks: dict) -> str:
   """Writes results.json, table.md and the figures; returns the table.
 
@@ -323,7 +321,7 @@ def _plot_compute(models: dict) -> Figure:
 def _plot_sweep(sweep: dict, model: str) -> Figure:
   """Final NLL against the discard fraction (Fig. 4)."""
   figure, axis = plt.subplots(figsize=(4.5, 3.6))
-  for name, style, color in (("selection", "o--", report.BLUE), ("validation", "s-", "black")):
+  for name, style, color in (("selection", "o--", BLUE), ("validation", "s-", "black")):
     rhos = sorted(sweep[name], key=float)
     values = np.array([sweep[name][rho] for rho in rhos])
     axis.plot(np.array(rhos, float), values.mean(1), style, color=color, label=name)

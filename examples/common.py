@@ -15,7 +15,7 @@ import optax
 import inner_loop
 from runtime import cli
 from runtime.cli import check, option
-from runtime.files import save_figure
+from runtime.figures import save_figure
 
 
 @dataclasses.dataclass(frozen=True)

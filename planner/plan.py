@@ -128,9 +128,7 @@ def report(
     lines.append(f"  compiler's estimate    {c.estimate:.3g} s, loop bodies counted once")
   if step_time:
     used = once / (n * chip.flops * step_time)
-    lines.append(
-      f"  model FLOPs utilization {used:.1%} at {step_time:g} s (necessary FLOPs)"
-    )
+    lines.append(f"  model FLOPs utilization {used:.1%} at {step_time:g} s (necessary FLOPs)")
   K, S, T = config.meta_steps, config.sequence_length, config.inner_steps
   inner_tokens = K * of_members * T * config.inner_batch * S
   outer_tokens = K * of_members * config.outer_batch * S

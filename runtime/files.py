@@ -1,4 +1,4 @@
-"""Files and figures that appear whole or not at all."""
+"""Files that appear whole or not at all."""
 
 import os
 import tempfile
@@ -21,20 +21,3 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
   write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def save_figure(path: str | os.PathLike, figure: Any) -> None:
-  """Saves a matplotlib figure as PNG, in a folder that is made if need be, and closes it."""
-  import matplotlib.pyplot as plt
-
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=120, bbox_inches="tight"))
-  plt.close(figure)
-
-
-def short(name: str, limit: int = 24) -> str:
-  """A name in one line of at most `limit` characters: its beginning and its end."""
-  name = " ".join(name.split())
-  end = limit // 3
-  return name if len(name) <= limit else f"{name[: limit - end - 1]}\u2026{name[-end:]}"

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tqdm
-from matplotlib.text import Text
-
 import report
+import tqdm
 import workdir as run_folder
+from matplotlib.text import Text
 
 OKABE_ITO = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
 

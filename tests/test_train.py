@@ -198,7 +198,9 @@ def test_noise_table_on_scores_with_known_answer():
   assert table["auroc"] == pytest.approx({"a": 1, "b": 1})
   upside_down = training_report.noise_table(noise, noise, source)
   assert upside_down["spearman_mean"] == pytest.approx(1) and upside_down["auroc_mean"] == 0
-  assert training_report.noise_table(-noise[:6], noise[:6], source[:6])["too_few_documents"] == ["a"]
+  assert training_report.noise_table(-noise[:6], noise[:6], source[:6])["too_few_documents"] == [
+    "a"
+  ]
 
 
 def test_weight_fit_finds_the_r2_of_an_exact_and_of_an_independent_relation():

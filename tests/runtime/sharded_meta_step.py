@@ -195,7 +195,10 @@ def layout():
   print("meshes")
 
   two_by_four = over(2, 4)
-  x, inner = np.arange(2 * 8 * 3).reshape(2, 8, 3), sharding.sharding(two_by_four, "population", "data")
+  x, inner = (
+    np.arange(2 * 8 * 3).reshape(2, 8, 3),
+    sharding.sharding(two_by_four, "population", "data"),
+  )
   assert sharding.part_of_host(inner, x.shape) == np.s_[0:2, 0:8, 0:3]
   placed = sharding.place(x, inner, x.shape)
   assert np.array_equal(placed, x) and placed.addressable_shards[0].data.shape == (1, 2, 3)
