@@ -9,7 +9,7 @@ train: setup  ## meta-trains a rater on the demo corpus; ends in minutes with fi
 	$(BIN)/python train.py --workdir=$(WORKDIR)
 
 reproduce: setup  ## the paper's three steps, tables and figures of README.md: about an hour on 2 cores
-	$(BIN)/python benchmarks/reproduce.py
+	$(BIN)/python -m experiments.reproduce
 
 test: setup lint  ## under 15 minutes on 2 cores
 	$(BIN)/python -m pytest
@@ -20,7 +20,7 @@ test-slow: setup  ## the demo's promises, measured; kill -9
 # Compilers for TPUs and an H100 beside JAX disturb ordinary runs on CPU: an environment of their own.
 test-compile: .venv-compile/ready  ## the kernels compiled for TPU v5e, v5p, v6e and H100; no device needed
 	PATH="$$(echo $(CURDIR)/.venv-compile/lib/python*/site-packages/nvidia/cu13/bin):$$PATH" \
-	  .venv-compile/bin/python -m pytest -rs tests/test_compiled.py
+	  .venv-compile/bin/python -m pytest -rs tests/planner/test_compiled.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -43,6 +43,6 @@ setup: .venv/ready .cache/demo_corpus.jsonl
 	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	touch $@
 
-.cache/demo_corpus.jsonl: .venv/ready demo_corpus.py
-	$(BIN)/python demo_corpus.py --output=$@
+.cache/demo_corpus.jsonl: .venv/ready corpus/demo.py
+	$(BIN)/python -m corpus.demo --output=$@
 	touch $@

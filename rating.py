@@ -1,12 +1,12 @@
-"""A trained rater and the scores it gives: the one way to phi_eta of a text.
+"""Scores texts with a trained rater: phi_eta of a text.
 
   score = load_rater("runs/demo")
-  score(["A text to be rated."])     # [1] float32
+  score(["A text to rate."])     # [1] float32
 
-A document's score is phi_eta of its pieces of at most S tokens (cut as for training: a last piece
-of fewer than 16 tokens is dropped), averaged with the pieces' tokens as weights. Pieces go to the
-shortest of four lengths S/8, S/4, S/2, S that holds them, in batches of a fixed number of tokens:
-four compiled programs, little padding. A score depends on its document alone, not on its batch.
+A document is cut into pieces of at most S tokens as for training (a last piece of fewer than 16
+tokens is dropped). Its score is the mean of phi_eta over the pieces, weighted by their tokens.
+Pieces are padded to the shortest of S/8, S/4, S/2, S that holds them, in batches of a fixed number
+of tokens: four compiled programs, little padding. A score does not depend on the other documents.
 
 Axes: n documents, B rows of a batch, R rows of a split.
 """
@@ -37,7 +37,7 @@ Score = Callable[[Batch], jax.Array]  # phi_eta: [B, S] -> [B] float32
 
 
 class TrainedRater(NamedTuple):
-  """The rater of a workdir, with all it takes to rate text as it was trained to."""
+  """The rater of a workdir, with the tokenizer and the settings of its training."""
 
   config: Config  # of the run that trained it
   tokenizer: Tokenizer
@@ -52,7 +52,7 @@ class TrainedRater(NamedTuple):
 
 
 def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarray]:
-  """The rater of a workdir as a function from texts to scores [n] float32."""
+  """The rater of a workdir as a function: texts -> scores [n] float32."""
   rater = open_rater(workdir)
 
   def score(texts: Iterable[str]) -> np.ndarray:
@@ -64,7 +64,7 @@ def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarr
 
 
 def open_rater(workdir: str | os.PathLike) -> TrainedRater:
-  """The rater of the last checkpoint in a finished or running workdir, on every device in use.
+  """The rater of a workdir's last checkpoint, replicated over the mesh; training may still run.
 
   Raises:
     UserError: the folder holds no run, or no checkpoint yet.
@@ -90,7 +90,7 @@ def open_rater(workdir: str | os.PathLike) -> TrainedRater:
 
 
 def rater_config(workdir: str | os.PathLike) -> Config:
-  """The configuration of the run in a workdir."""
+  """The settings of the run in a workdir."""
   path = Path(workdir) / "config.json"
   check(path.exists(), f"{workdir} holds no run of train.py: no config.json in it")
   return cli.from_values(Config, json.loads(path.read_text())["config"])
@@ -103,7 +103,7 @@ def score_texts(
   sequence_length: int,
   score_batch: int = 64,
 ) -> tuple[np.ndarray, int]:
-  """(scores [n] float32 of the texts, the number of tokens scored)."""
+  """(scores [n] float32, the number of tokens scored)."""
   rows = make_rows(texts, tokenizer, sequence_length, score_batch)
   return score_rows(score, rows, len(texts)), sum(int(x.tokens.sum()) for x in rows)
 
@@ -145,8 +145,7 @@ def score_rows(
   documents: int,
   scored: Callable[[Rows], None] = lambda rows: None,
 ) -> np.ndarray:
-  """Scores [n] float32 of the documents whose pieces are all in `rows`; calls `scored` with each
-  batch once its scores are there."""
+  """Scores [n] float32 of documents from all their pieces; calls `scored` after each batch."""
   total, count = np.zeros((2, documents))
   for part, scores in zip(rows, _results(score, (part.batch for part in rows)), strict=True):
     real = part.index >= 0
@@ -160,11 +159,7 @@ def score_rows(
 def score_sequences(
   score: Score, split: Split | Batch, rows: np.ndarray, progress: str | None = None
 ) -> np.ndarray:
-  """Scores [R] float32 of packed sequences, the given rows of a split.
-
-  Args:
-    progress: title of a progress bar; None shows none.
-  """
+  """Scores [R] float32 of these rows of a split, with a progress bar of that title, if any."""
   size = 128
   chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -178,7 +173,7 @@ def score_sequences(
 
 
 def _results(score: Score, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
-  """Scores of each batch, read two batches late, so that the device never waits for the host."""
+  """Scores of each batch, read two batches late so that the device never waits for the host."""
   pending = collections.deque()
   for batch in batches:
     pending.append(score(batch))

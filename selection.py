@@ -1,8 +1,8 @@
-"""What a trained rater keeps: the paper's two forms of filtering, and the policies compared.
+"""Selection by score: the paper's two forms of filtering, and the policies that it compares.
 
-  keep the best of a batch   `top_k_mask`                 batch-level filtering (section 1.6)
-  P_accept(x)                `acceptance_probability`     its point-wise equivalent
-  a pool of N / (1 - rho)    `pool_size`, `select`        the batch that a policy trains on
+  keep the best of a batch   `top_k_mask`, `top_k`                   batch level (section 1.6)
+  P_accept(x)                `acceptance_probability`, `pointwise`   its point-wise equivalent
+  a pool of N / (1 - rho)    `pool_size`, `select`                   the batch a policy trains on
 
 Axes: n documents, B sequences of an oversampled batch, M sequences of a pool.
 """
@@ -19,7 +19,7 @@ POLICIES = ("none", "random", "datarater", *PERPLEXITY)
 
 
 def top_k_mask(scores: jax.typing.ArrayLike, discard: float) -> jax.Array:
-  """True for the best K = round((1 - discard) * B) of scores [..., B]; ties go to the earlier.
+  """True for the best K = round((1 - discard) B) of scores [..., B]; ties go to the earlier.
 
   Raises:
     ValueError: unless 0 <= discard < 1 and K >= 1.
@@ -43,10 +43,12 @@ def acceptance_probability(
 
     P_accept = sum_{s=0}^{K-1} C(B-1, s) (1-p)^s p^(B-1-s) = I_p(B - K, K),
 
-  since at most K - 1 of the other B - 1 may beat it: a regularized incomplete beta function.
+  since at most K - 1 of the other B - 1 may beat it. I is the regularized incomplete beta function.
 
-  Args (which broadcast):
-    p: quantiles in [0, 1]; batch_size: B, the oversampled batch; keep: K, 1 <= K <= B.
+  Args (broadcast against each other):
+    p: quantiles in [0, 1].
+    batch_size: B, the oversampled batch.
+    keep: K, 1 <= K <= B.
 
   Returns: float64.
   """
@@ -62,14 +64,14 @@ def coin(seed: int, text: str) -> float:
 
 
 def quantiles(scores: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-  """F(score) [n] float32: the share of the `ordered` scores that are <= each; ties are equal."""
+  """F(score) [n] float32: the share of the `ordered` scores that are <= each score."""
   return (np.searchsorted(ordered, scores, side="right") / len(ordered)).astype(np.float32)
 
 
 def pointwise(
   quantiles: np.ndarray, coins: np.ndarray, batch_size: int, discard: float
 ) -> np.ndarray:
-  """Keeps a document [n] bool where its coin lies below P_accept of its quantile."""
+  """Point-wise selection [n] bool: keeps a document if its coin is below P_accept(quantile)."""
   return coins < acceptance_probability(quantiles, batch_size, round((1 - discard) * batch_size))
 
 
@@ -78,28 +80,24 @@ def top_k(scores: np.ndarray, batch_size: int, discard: float, seed: int) -> np.
 
   Permutes the documents (by seed and n alone), cuts them into batches of B and keeps the best
   round((1 - discard) B) of each; ties go to the earlier in that order. The last batch may be
-  smaller, and keeps the same share of its size, rounded.
+  smaller; it keeps the same share, rounded.
   """
   order = np.random.default_rng(seed).permutation(len(scores))
   full = len(scores) // batch_size * batch_size
   keep = np.zeros(len(scores), bool)
-  for start in range(0, full, 4096 * batch_size):
-    part = order[start : min(start + 4096 * batch_size, full)]
-    mask = top_k_mask(scores[part].reshape(-1, batch_size), discard)
-    keep[part] = np.asarray(mask).reshape(-1)
-  rest = order[full:]
-  if round((1 - discard) * len(rest)) > 0:
-    keep[rest] = np.asarray(top_k_mask(scores[rest], discard))
+  for batches in (order[:full].reshape(-1, batch_size), order[full:]):
+    if batches.size and round((1 - discard) * batches.shape[-1]) > 0:
+      keep[batches] = top_k_mask(scores[batches], discard)
   return keep
 
 
-# Policies of the comparison: which sequences of a pool a language model trains on.
+# Policies of the comparison: which N sequences of a pool a language model trains on.
 #
 #   none         the pool is the batch
 #   random       any N
 #   datarater    the N with the highest scores phi_eta
 #   pplx_bottom, pplx_middle, pplx_top
-#                the N with the lowest, the middle, the highest perplexity under a scorer LM
+#                the N with the lowest, middle, highest perplexity under a scorer LM
 
 
 def pool_size(policy: str, batch: int, discard: float) -> int:
@@ -108,18 +106,19 @@ def pool_size(policy: str, batch: int, discard: float) -> int:
 
 
 def select(policy: str, values_M: np.ndarray, keep: int, rng: np.random.Generator) -> np.ndarray:
-  """Indices [keep] of the kept members of a pool, in the pool's order.
+  """Indices [keep] of the kept sequences of a pool, in the pool's order; ties go to the earlier.
 
   Args:
-    values_M: scores for `datarater`, mean NLL for the perplexity policies; else only its length is
-      read. Ties go to the earlier.
+    values_M: scores for `datarater`, mean NLL for the perplexity policies; the others use only its
+      length.
   """
   M = len(values_M)
-  if policy in ("none", "random"):
-    order, first = rng.permutation(M) if policy == "random" else np.arange(M), 0
+  if policy == "none":
+    order = np.arange(M)
+  elif policy == "random":
+    order = rng.permutation(M)
   else:
-    order = np.argsort(
-      -values_M if policy in ("datarater", "pplx_top") else values_M, kind="stable"
-    )
-    first = (M - keep) // 2 if policy == "pplx_middle" else 0
+    descending = policy in ("datarater", "pplx_top")
+    order = np.argsort(-values_M if descending else values_M, kind="stable")
+  first = (M - keep) // 2 if policy == "pplx_middle" else 0
   return np.sort(order[first : first + keep])

@@ -1,7 +1,9 @@
-"""inner_loop.py: closed form, finite differences, plain reverse mode, memory and FLOPs.
+"""inner_loop.py, mixflow.py: closed form, finite differences, reverse mode, memory and FLOPs.
 
 Axes: T steps, B examples, D inputs, K outputs or classes.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import inner_loop
+import mixflow
 import transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 T, B, D, K = 3, 4, 3, 2
+window = partial(inner_loop.unroll, truncated=True)
 EXACT_MODES = ("mixed", "mixed_offload", "mixed_save", "reverse")
 COMBINATIONS = [(inner_loop.unroll, mode) for mode in inner_loop.MODES]
-COMBINATIONS.append((inner_loop.unroll_window, "mixed"))
+COMBINATIONS.append((window, "mixed"))
 
 
 def _normal(seed, *shape):
@@ -315,7 +319,7 @@ def test_unroll_is_a_loop_of_optax_updates(x64, mode):
     params = optax.apply_updates(params, updates)
     losses.append(aux)
   start = inner_loop.init(optimizer, _mlp_params())
-  for unroll in inner_loop.unroll, inner_loop.unroll_window:
+  for unroll in inner_loop.unroll, window:
     run = jax.jit(lambda start, unroll=unroll: unroll(loss, optimizer, start, metas, batches, mode))
     end, aux = run(start)
     assert_close(end, inner_loop.InnerState(params, opt_state), 1e-13)
@@ -369,11 +373,11 @@ def test_window_is_an_unroll_from_a_constant_state(x64, mode, steps):
   metas, batches = jax.tree.map(lambda x: x[:steps], (metas, batches))
   problem, optimizer = (loss, params, metas, batches), OPTIMIZERS["momentum"]()
   state = _warm_state(problem, optimizer)
-  window = _gradients(_objective(problem, optimizer, mode, inner_loop.unroll_window), state, metas)
+  truncated = _gradients(_objective(problem, optimizer, mode, window), state, metas)
   whole = _gradients(_objective(problem, optimizer, mode), state, metas)
   of_metas = len(_floating(metas))
-  assert_close(window[-of_metas:], whole[-of_metas:], 1e-10)
-  assert all(not g.any() for g in window[:-of_metas])
+  assert_close(truncated[-of_metas:], whole[-of_metas:], 1e-10)
+  assert all(not g.any() for g in truncated[:-of_metas])
 
 
 def test_first_order_is_reverse_mode_with_a_constant_theta_in_the_gradients(x64):
@@ -449,7 +453,7 @@ def test_mixed_mode_keeps_gradients_where_reverse_mode_keeps_activations():
 
   parameters, activations = 4 * depth * width**2, 4 * depth * batch * width
   # A step's gradient and cotangent of the weights; a segment's theta and Adam's two moments.
-  S = inner_loop.SEGMENT
+  S = mixflow.SEGMENT
   expected = parameters + 4 * batch + 3 * parameters / S
   assert growth("mixed", 3 * S, 6 * S) < 1.1 * expected
   assert growth("mixed", 3, S) < 1.1 * (parameters + 4 * batch)
@@ -461,10 +465,10 @@ def test_first_step_of_a_window_needs_no_hessian_vector_product():
   problem = _deep_mlp(1, 16, 64, depth=3)
   flops = {
     unroll: _compiled(problem, "mixed", unroll, (0, 1)).cost_analysis()["flops"]
-    for unroll in (inner_loop.unroll, inner_loop.unroll_window)
+    for unroll in (inner_loop.unroll, window)
   }
   # About 11 units of a forward pass: 3 for g_t, 8 for the product, of which the window needs 3.
-  assert 0.4 < flops[inner_loop.unroll_window] / flops[inner_loop.unroll] < 0.6
+  assert 0.4 < flops[window] / flops[inner_loop.unroll] < 0.6
 
 
 @pytest.mark.parametrize(
@@ -495,7 +499,7 @@ def test_gradient_of_a_window_is_that_of_its_unrolled_steps(x64, mode, steps):
 
 
 @pytest.mark.parametrize("mode", ["mixed", "mixed_offload", "first_order"])
-@pytest.mark.parametrize("unroll", [inner_loop.unroll, inner_loop.unroll_window])
+@pytest.mark.parametrize("unroll", [inner_loop.unroll, window])
 def test_segments_change_nothing(x64, monkeypatch, unroll, mode):
   loss, params, metas, batches = _integer_leaves()
   metas, batches = jax.tree.map(lambda x: jnp.concatenate([x, x])[:5], (metas, batches))
@@ -507,11 +511,11 @@ def test_segments_change_nothing(x64, monkeypatch, unroll, mode):
     return aux, _gradients(_objective(problem, optimizer, mode, unroll), state, metas)
 
   whole = results()
-  monkeypatch.setattr(inner_loop, "SEGMENT", 2)  # 1, 2 and 2 steps
+  monkeypatch.setattr(mixflow, "SEGMENT", 2)  # 1, 2 and 2 steps
   assert_close(results(), whole, 1e-12)
 
 
-@pytest.mark.parametrize("unroll", [inner_loop.unroll, inner_loop.unroll_window])
+@pytest.mark.parametrize("unroll", [inner_loop.unroll, window])
 def test_unknown_mode_is_named_with_the_known_ones(unroll):
   loss, params, metas, batches = _weighted_regression()
   optimizer = optax.sgd(0.1)

@@ -3,6 +3,7 @@
 Axes: N inner models, T inner steps, B examples, D inputs, M meta-steps a call, P probe examples.
 """
 
+import dataclasses
 import functools
 import math
 import subprocess
@@ -73,23 +74,25 @@ def _batches(seed, *axes):
 
 
 def _setting(n_models, lifetime=1000, meta_optimizer=None, inner_optimizer=None, **config):
-  """(initial state, the step, the probe)."""
-  how = dict(
+  """(initial state, the algorithm, the probe)."""
+  algorithm = meta_step.Algorithm(
     problem=_tiny_problem(),
     inner_optimizer=inner_optimizer or optax.sgd(RATE),
     meta_optimizer=meta_optimizer or optax.adam(0.1),
-    config=meta_step.MetaConfig(n_models, lifetime, **config),
+    n_models=n_models,
+    lifetime=lifetime,
+    **config,
   )
   probe = jax.tree.map(
     jnp.asarray, Examples(np.random.default_rng(9).normal(size=(P, D)), 0.0, 1.0)
   )
   eta = {"v": jnp.array([0.5, -1.0, 0.2])}
-  state = meta_step.init(jax.random.key(3), eta, probe=probe, **how)
-  return state, how, probe
+  state = meta_step.init(algorithm, jax.random.key(3), eta, probe)
+  return state, algorithm, probe
 
 
-def _jitted(how):
-  return jax.jit(functools.partial(meta_step.meta_step, **how))
+def _jitted(algorithm):
+  return jax.jit(functools.partial(meta_step.meta_step, algorithm))
 
 
 def _at(tree, i):
@@ -109,12 +112,12 @@ def _outer_loss_by_hand(v, w, inner, outer):
 @pytest.mark.parametrize("mode", ["mixed", "mixed_save", "reverse"])
 def test_one_member_under_sgd_descends_the_simulated_outer_loss(x64, mode):
   meta_rate, h = 0.7, 1e-5
-  state, how, _ = _setting(1, meta_optimizer=optax.sgd(meta_rate), mode=mode)
+  state, algorithm, _ = _setting(1, meta_optimizer=optax.sgd(meta_rate), mode=mode)
   inner, outer = _batches(0, 1)
-  new, metrics = _jitted(how)(state, inner, outer)
+  new, metrics = _jitted(algorithm)(state, inner, outer)
 
   np_inner, np_outer = jax.tree.map(np.asarray, (_at(inner, 0), _at(outer, 0)))
-  v, w = np.asarray(state.eta["v"]), np.asarray(state.inner.params["w"][0])
+  v, w = np.asarray(state.eta["v"]), np.asarray(state.members.inner.params["w"][0])
   loss, w_T = _outer_loss_by_hand(v, w, np_inner, np_outer)
   gradient = np.empty(D)
   for d in range(D):
@@ -124,7 +127,7 @@ def test_one_member_under_sgd_descends_the_simulated_outer_loss(x64, mode):
     gradient[d] = (plus - minus) / (2 * h)
   assert_close(new.eta["v"], v - meta_rate * gradient, 1e-8)
   assert_close((new.eta["v"] - v) / meta_rate, -gradient, 1e-6)
-  assert_close(new.inner.params["w"][0], w_T, 1e-12)
+  assert_close(new.members.inner.params["w"][0], w_T, 1e-12)
   assert_close(metrics["outer_loss"][0], loss, 1e-12)
   assert_close(metrics["meta_gradient_norm"][0], np.linalg.norm(gradient), 1e-6)
   assert_close(metrics["meta_update_norm"][0], meta_rate * np.linalg.norm(gradient), 1e-6)
@@ -136,8 +139,9 @@ def test_datarater_problem_descends_the_outer_loss_of_its_language_model(x64):
   wide = lambda params: jax.tree.map(lambda x: x.astype(jnp.float64), params)
   model, rater = transformer.language_model(config), datarater.rater(config)
   model = model._replace(init=lambda key, init=model.init: wide(init(key)))
-  problem = meta_step.datarater_problem(model, rater)
   optimizer = meta_step.inner_adamw(0.1)
+  problem = meta_step.datarater_problem(model, rater)
+  algorithm = meta_step.Algorithm(problem, optimizer, optax.sgd(1.0), n_models=1, lifetime=T)
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(7, size=(T + 1, B, 6)), jnp.int32)
   segments = jnp.broadcast_to(jnp.array([1, 1, 1, 1, 2, 2], jnp.int32), tokens.shape)
@@ -151,7 +155,7 @@ def test_datarater_problem_descends_the_outer_loss_of_its_language_model(x64):
 
   @jax.jit
   def gradient(eta):
-    return meta_step.meta_gradient(eta, start, inner, outer, problem, optimizer, "mixed")[0]
+    return meta_step.meta_gradient(algorithm, eta, start, inner, outer)[0]
 
   @jax.jit
   def outer_loss(eta):
@@ -173,9 +177,9 @@ def test_datarater_problem_descends_the_outer_loss_of_its_language_model(x64):
 def test_eta_is_the_mean_of_what_each_members_own_adam_makes_of_it(x64):
   N, meta_steps = 3, 3
   inner_optimizer, meta_optimizer = optax.adam(0.1, eps_root=1e-12), optax.adamw(0.1)
-  state, how, _ = _setting(N, meta_optimizer=meta_optimizer, inner_optimizer=inner_optimizer)
-  problem, step = how["problem"], _jitted(how)
-  members = [_at(state.inner, i) for i in range(N)]
+  state, algorithm, _ = _setting(N, meta_optimizer=meta_optimizer, inner_optimizer=inner_optimizer)
+  problem, step = algorithm.problem, _jitted(algorithm)
+  members = [_at(state.members.inner, i) for i in range(N)]
   adams = [meta_optimizer.init(state.eta) for _ in range(N)]
   eta = state.eta
 
@@ -203,20 +207,21 @@ def test_eta_is_the_mean_of_what_each_members_own_adam_makes_of_it(x64):
     eta = jax.tree.map(lambda *x: sum(x) / N, *etas)
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     assert_close(state.eta, eta, 1e-10)
-    assert_close(state.meta_opt, stack(adams), 1e-10)
-    assert_close(state.inner, stack(members), 1e-10)  # the members persist
-  assert state.step == meta_steps and not state.skipped.any()
+    assert_close(state.members.meta_opt, stack(adams), 1e-10)
+    assert_close(state.members.inner, stack(members), 1e-10)  # the members persist
+  assert state.step == meta_steps and not state.members.skipped.any()
 
 
 @pytest.mark.parametrize("N, lifetime", [(3, 12), (3, 10), (4, 9), (1, 4)])
-def test_members_restart_in_turn_with_new_draws_and_new_optimiser_states(N, lifetime):
-  state, how, _ = _setting(N, lifetime, inner_optimizer=optax.sgd(RATE, momentum=0.5))
-  how["inner_optimizer"] = optax.chain(optax.trace(0.5), optax.scale_by_learning_rate(RATE))
-  state = meta_step.init(jax.random.key(3), state.eta, probe=_setting(N)[2], **how)
-  step = _jitted(how)
+def test_members_restart_in_turn_with_new_draws_and_new_optimizer_states(N, lifetime):
+  state, algorithm, _ = _setting(N, lifetime, inner_optimizer=optax.sgd(RATE, momentum=0.5))
+  inner_optimizer = optax.chain(optax.trace(0.5), optax.scale_by_learning_rate(RATE))
+  algorithm = dataclasses.replace(algorithm, inner_optimizer=inner_optimizer)
+  state = meta_step.init(algorithm, jax.random.key(3), state.eta, _setting(N)[2])
+  step = _jitted(algorithm)
   age = [0] * N
   left = [lifetime - math.floor(i * lifetime / N) for i in range(N)]
-  drawn = [tuple(w) for w in np.asarray(state.inner.params["w"])]
+  drawn = [tuple(w) for w in np.asarray(state.members.inner.params["w"])]
   for k in range(3 * lifetime // T):
     state, metrics = step(state, *_batches(k, N))
     assert metrics["age"].tolist() == [a + T for a in age]
@@ -225,15 +230,15 @@ def test_members_restart_in_turn_with_new_draws_and_new_optimiser_states(N, life
       restarted = left[i] <= 0
       if restarted:
         age[i], left[i] = 0, lifetime
-        drawn.append(tuple(np.asarray(state.inner.params["w"][i])))
+        drawn.append(tuple(np.asarray(state.members.inner.params["w"][i])))
         assert all(0 <= w <= 1 for w in drawn[-1])
       fresh = [
-        state.inner.params["clock"][i],
-        *(x[i].any() for x in jax.tree.leaves(state.inner[1])),
+        state.members.inner.params["clock"][i],
+        *(x[i].any() for x in jax.tree.leaves(state.members.inner[1])),
       ]
       assert [not x for x in fresh] == [restarted] * len(fresh)
-    assert state.age.tolist() == age
-    assert state.until_reset.tolist() == left
+    assert state.members.age.tolist() == age
+    assert state.members.until_reset.tolist() == left
     if k >= lifetime // T:  # the first restarts have spread the ages
       assert len(set(age)) == N
   assert len(drawn) >= 3 * N
@@ -250,62 +255,60 @@ def _poisoned(inner, outer, where, members, value):
 @pytest.mark.parametrize("where, value", [("outer", np.nan), ("outer", np.inf), ("inner", np.nan)])
 def test_member_without_a_finite_meta_gradient_is_counted_and_left_out(where, value):
   N, bad = 3, 1
-  state, how, _ = _setting(N)
-  step = _jitted(how)
+  state, algorithm, _ = _setting(N)
+  step = _jitted(algorithm)
   state, _ = step(state, *_batches(0, N))  # Adam states that are not zero
   inner, outer = _batches(1, N)
   new, metrics = step(state, *_poisoned(inner, outer, where, [bad], value))
 
   good = np.array([0, 2])
   assert metrics["skipped"].tolist() == [False, True, False]
-  assert new.skipped.tolist() == [0, 1, 0]
-  assert_close(_at(new.meta_opt, bad), _at(state.meta_opt, bad), 0.0)
+  assert new.members.skipped.tolist() == [0, 1, 0]
+  assert_close(_at(new.members.meta_opt, bad), _at(state.members.meta_opt, bad), 0.0)
   _, alone, _ = _setting(2)
-  fields = {
-    f: _at(getattr(state, f), good) for f in ("meta_opt", "inner", "age", "until_reset", "skipped")
-  }
-  others, _ = _jitted(alone)(state._replace(**fields), _at(inner, good), _at(outer, good))
+  two = state._replace(members=_at(state.members, good))
+  others, _ = _jitted(alone)(two, _at(inner, good), _at(outer, good))
   assert_close(new.eta, others.eta, 1e-6)
-  assert_close(_at(new.meta_opt, good), others.meta_opt, 1e-6)
-  # One that diverged itself starts anew, the others go on.
-  assert new.age.tolist() == [2 * T, 2 * T if where == "outer" else 0, 2 * T]
-  assert np.isfinite(new.inner.params["w"]).all()
+  assert_close(_at(new.members.meta_opt, good), others.members.meta_opt, 1e-6)
+  # A member that diverged starts again, the others continue.
+  assert new.members.age.tolist() == [2 * T, 2 * T if where == "outer" else 0, 2 * T]
+  assert np.isfinite(new.members.inner.params["w"]).all()
 
 
 def test_eta_stays_where_no_meta_gradient_is_finite():
   N = 2
-  state, how, _ = _setting(N)
-  step = _jitted(how)
+  state, algorithm, _ = _setting(N)
+  step = _jitted(algorithm)
   state, _ = step(state, *_batches(0, N))
   new, metrics = step(state, *_poisoned(*_batches(1, N), "outer", [0, 1], np.nan))
-  assert_close((new.eta, new.meta_opt), (state.eta, state.meta_opt), 0.0)
-  assert new.skipped.tolist() == [1, 1] and metrics["skipped"].all()
+  assert_close((new.eta, new.members.meta_opt), (state.eta, state.members.meta_opt), 0.0)
+  assert new.members.skipped.tolist() == [1, 1] and metrics["skipped"].all()
   assert not metrics["meta_update_norm"].any()
 
 
 def test_only_the_members_drawn_advance_and_all_are_drawn_in_time():
   N, m = 5, 2
-  state, how, _ = _setting(N, members_per_step=m)
-  step, visits = _jitted(how), np.zeros(N, int)
+  state, algorithm, _ = _setting(N, members_per_step=m)
+  step, visits = _jitted(algorithm), np.zeros(N, int)
   for k in range(20):
     new, metrics = step(state, *_batches(k, m))
     drawn = metrics["member"].tolist()
     assert len(set(drawn)) == m
     visits[drawn] += 1
     others = np.array([i for i in range(N) if i not in drawn])
-    moved = np.any(new.inner.params["w"] != state.inner.params["w"], -1)
+    moved = np.any(new.members.inner.params["w"] != state.members.inner.params["w"], -1)
     assert moved.tolist() == [i in drawn for i in range(N)]
-    assert_close(_at(new.meta_opt, others), _at(state.meta_opt, others), 0.0)
+    assert_close(_at(new.members.meta_opt, others), _at(state.members.meta_opt, others), 0.0)
     state = new
   assert (visits > 0).all() and len(set(visits)) > 1
-  assert (state.age / T).tolist() == visits.tolist()
+  assert (state.members.age / T).tolist() == visits.tolist()
 
 
 def test_many_meta_steps_in_one_call_are_single_calls_and_report_themselves():
   N, M = 2, 3
-  state, how, probe = _setting(N, lifetime=6)
+  state, algorithm, probe = _setting(N, lifetime=6)
   inner, outer = _batches(0, M, N)
-  many = jax.jit(functools.partial(meta_step.meta_steps, **how))
+  many = jax.jit(functools.partial(meta_step.meta_steps, algorithm))
   end, metrics = many(state, inner, outer, probe)
   assert {name: value.shape for name, value in metrics.items()} == {
     "largest_weight": (M, N),
@@ -318,14 +321,16 @@ def test_many_meta_steps_in_one_call_are_single_calls_and_report_themselves():
     "member": (M, N),
     "score_autocorrelation": (),
   }
-  step, single = _jitted(how), state
+  step, single = _jitted(algorithm), state
   for k in range(M):
     single, one = step(single, _at(inner, k), _at(outer, k))
     assert_close({name: metrics[name][k] for name in one}, one, 1e-6)
   assert_close(
-    (single.eta, single.meta_opt, single.inner), (end.eta, end.meta_opt, end.inner), 1e-6
+    (single.eta, single.members.meta_opt, single.members.inner),
+    (end.eta, end.members.meta_opt, end.members.inner),
+    1e-6,
   )
-  assert end.age.tolist() == single.age.tolist()
+  assert end.members.age.tolist() == single.members.age.tolist()
   assert end.step == M
 
   before, after = probe.x @ state.eta["v"], probe.x @ end.eta["v"]
@@ -400,12 +405,12 @@ def test_inner_adamw_is_adamw_whose_meta_gradient_survives_a_zero_gradient(x64):
   assert np.isfinite(jax.grad(lambda g: run(g).sum())(jnp.asarray(gradients))).all()
 
 
-def test_compute_core_needs_none_of_the_libraries_for_data_plots_and_checkpoints():
+def test_the_method_loads_no_library_for_data_plots_flags_or_checkpoints():
   code = """
 import sys
-import transformer, datarater, inner_loop, meta_step, kernels
+import transformer, datarater, inner_loop, mixflow, meta_step, kernels
 heavy = {"datasets", "grain", "tokenizers", "matplotlib", "orbax", "pyarrow", "pandas"}
-print(sorted(heavy & set(sys.modules)))
+print(sorted(heavy & set(sys.modules)), "absl.app" in sys.modules, "absl.flags" in sys.modules)
 """
   run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-  assert run.stdout.strip() == "[]"
+  assert run.stdout.strip() == "[] False False"

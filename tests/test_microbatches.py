@@ -1,4 +1,4 @@
-"""Batches formed in parts: the numbers of the whole batch, in less memory.
+"""Batches computed in parts: the numbers of the whole batch, in less memory.
 
 Axes: N inner models, T inner steps, B sequences, S tokens.
 """
@@ -6,14 +6,15 @@ Axes: N inner models, T inner steps, B sequences, S tokens.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import assert_close
 
 import datarater
 import inner_loop
 import meta_step
-import train
 import transformer
+from config import Config
 from runtime.cli import UserError
 
 T, B, S, V = 2, 6, 8, 19
@@ -72,10 +73,9 @@ def test_meta_gradient_is_that_of_the_whole_batch(x64, quick_compile, mode, rema
     rater, model, problem = _problem(microbatches, remat)
     eta = _wide(rater.init(jax.random.key(1)))
     inner = inner_loop.init(optimizer, _wide(model.init(jax.random.key(0))))
+    algorithm = meta_step.Algorithm(problem, optimizer, optax.sgd(1.0), 1, lifetime=T, mode=mode)
     result = jax.jit(
-      lambda eta, inner: meta_step.meta_gradient(
-        eta, inner, inner_batches, outer_batch, problem, optimizer, mode
-      )
+      lambda eta, inner: meta_step.meta_gradient(algorithm, eta, inner, inner_batches, outer_batch)
     )(eta, inner)
     return result, problem.probe(eta, outer_batch)
 
@@ -107,12 +107,13 @@ def test_compiled_memory_falls(quick_compile, mode):
     model = transformer.language_model(config, None, microbatches)
     problem = meta_step.datarater_problem(model, rater, True, microbatches)
     optimizer = meta_step.inner_adamw()
+    algorithm = meta_step.Algorithm(problem, optimizer, optax.sgd(1.0), 1, lifetime=T, mode=mode)
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((T, 64, 64), jnp.int32)
     outer = jax.ShapeDtypeStruct((64, 64), jnp.int32)
     step = jax.jit(
       lambda eta, params, inner, outer: meta_step.meta_gradient(
-        eta, inner_loop.init(optimizer, params), inner, outer, problem, optimizer, mode
+        algorithm, eta, inner_loop.init(optimizer, params), inner, outer
       )
     )
     shapes = (transformer.Batch(tokens, tokens), transformer.Batch(outer, outer))
@@ -124,4 +125,4 @@ def test_compiled_memory_falls(quick_compile, mode):
 
 def test_a_batch_that_does_not_divide_is_refused():
   with pytest.raises(UserError, match="--inner_batch=16 must be a multiple of --microbatches=3"):
-    train.Config(microbatches=3)
+    Config(microbatches=3)

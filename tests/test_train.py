@@ -15,7 +15,7 @@ import pytest
 from chex import assert_trees_all_equal
 from jobs import SMALL, assert_one_line_error, wait_until
 
-import train
+import rating
 from analysis import training_report
 from runtime.workdir import Checkpoints
 
@@ -63,7 +63,7 @@ def test_the_loaded_rater_gives_the_scores_of_the_report(finished, corpus):
   texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
   rows = map(json.loads, (finished[0] / "validation_scores.jsonl").read_text().splitlines())
   expected = {int(row["id"].removeprefix("mine:")): row["score"] for row in rows}
-  scores = train.load_rater(finished[0])(texts[i] for i in expected)
+  scores = rating.load_rater(finished[0])(texts[i] for i in expected)
   assert len(set(scores.tolist())) > 20  # it did learn to tell them apart
   np.testing.assert_allclose(scores, list(expected.values()), rtol=1e-5)
 
@@ -140,8 +140,8 @@ def final_state(workdir):
   "wrong, message",
   [
     (["--meta_steps=0"], "--meta_steps=0 must be at least 1"),
-    (["--meta_steps=13"], "must be a positive multiple of --steps_per_call=2"),
-    (["--members_per_step=3"], "must lie in 1..--n_models=2"),
+    (["--meta_steps=13"], "must be a multiple of --steps_per_call=2"),
+    (["--members_per_step=3"], "must be at most --n_models=2"),
     (["--lifetime=1"], "shorter than one window of --inner_steps=2"),
     (["--mode=sideways"], "choose one of mixed"),
     (["--model=huge"], "choose one of nano"),
@@ -170,6 +170,20 @@ def test_a_workdir_of_another_configuration_is_refused_untouched(finished, run):
   before = sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*"))
   assert_one_line_error(run(workdir, "--meta_steps=12", "--seed=1"), "seed was 0, is 1")
   assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
+
+
+def test_a_workdir_of_an_earlier_version_is_refused_but_its_rater_is_read(finished, run, tmp_path):
+  workdir = shutil.copytree(finished[0], tmp_path / "earlier")
+  saved = json.loads((workdir / "config.json").read_text())
+  del saved["format"]
+  (workdir / "config.json").write_text(json.dumps(saved))
+  assert_one_line_error(run(workdir, "--meta_steps=12"), "holds a run of an earlier version")
+  assert rating.open_rater(workdir).fingerprint == rating.open_rater(finished[0]).fingerprint
+
+
+def test_a_text_that_is_not_in_a_list_is_refused(finished):
+  with pytest.raises(TypeError, match="list of texts"):
+    rating.load_rater(finished[0])("one text")
 
 
 def test_a_folder_with_other_things_is_refused(run, tmp_path):
@@ -216,9 +230,9 @@ def test_a_rater_trained_with_kernels_is_opened_without_them(small_rater, tmp_pa
   saved = json.loads((workdir / "config.json").read_text())
   saved["config"]["attention_backend"] = "pallas_gpu"
   (workdir / "config.json").write_text(json.dumps(saved))
-  rater, texts = train.open_rater(workdir), ["the rater scores each text " * 5]
+  rater, texts = rating.open_rater(workdir), ["the rater scores each text " * 5]
   assert rater.config.attention_backend == "xla"
-  assert rater.fingerprint == train.open_rater(small_rater).fingerprint
+  assert rater.fingerprint == rating.open_rater(small_rater).fingerprint
   np.testing.assert_array_equal(
-    train.load_rater(workdir)(texts), train.load_rater(small_rater)(texts)
+    rating.load_rater(workdir)(texts), rating.load_rater(small_rater)(texts)
   )

@@ -7,15 +7,18 @@ import re
 import shutil
 import subprocess
 
-import data
 import jobs
 import numpy as np
 import pytest
 
-import analyse
-import train
-from analysis import page
+import config as settings
+from analysis import explain, figures, page
 from analysis.heuristics import NAMES, heuristics
+from analysis.units import Config, Units, read_units
+from corpus.batches import load_corpus
+from corpus.documents import split_of
+from corpus.tokenizer import load_tokenizer
+from rating import TrainedRater, open_rater
 from runtime.cli import UserError
 
 HEADER = {"rater": "runs/<i>x", "fingerprint": "f0", "size": "nano", "data": "d", "units": "u"}
@@ -32,7 +35,7 @@ def units(n=200, sources=("a", "b", "c"), seed=0):
   ]
   features = np.array([list(heuristics(text).values()) for text in texts])
   scores = -10 * features[:, NAMES.index("punctuation_fraction")] + rng.normal(0, 0.1, n)
-  return analyse.Units(
+  return Units(
     kind="document",
     texts=texts,
     ids=[f"id{i}" for i in range(n)],
@@ -43,8 +46,8 @@ def units(n=200, sources=("a", "b", "c"), seed=0):
   )
 
 
-def page(u):
-  return page.render(u, HEADER, analyse.analyse(u))
+def rendered(u):
+  return page.render(u, HEADER, explain.analyse(u))
 
 
 NASTY = [
@@ -83,10 +86,10 @@ def test_mixture_equals_sorting_by_hand_at_every_discard():
   n = 97
   scores = rng.integers(0, 20, n).astype(np.float32)  # many ties: the earlier stays
   source = rng.choice(["x", "y", "z"], n, p=[0.7, 0.2, 0.1])
-  mixture = analyse.implied_mixture(scores, source, analyse.DISCARDS)
+  mixture = explain.implied_mixture(scores, source, explain.DISCARDS)
   ranked = sorted(range(n), key=lambda i: (-scores[i], i))
-  assert len(analyse.DISCARDS) == 10 and list(mixture) == ["x", "y", "z"]
-  for k, discard in enumerate(analyse.DISCARDS):
+  assert len(explain.DISCARDS) == 10 and list(mixture) == ["x", "y", "z"]
+  for k, discard in enumerate(explain.DISCARDS):
     kept = ranked[: round((1 - discard) * n)]
     for name in "xyz":
       share = sum(source[i] == name for i in kept) / len(kept)
@@ -96,7 +99,7 @@ def test_mixture_equals_sorting_by_hand_at_every_discard():
 def test_scores_by_source_by_hand():
   scores = np.array([1, 2, 3, 10, -50, 99], np.float32)
   noise = np.array([0, 0, np.nan, 0, 0.5, 0.5])  # corrupted: one of a, and all of c
-  table = analyse.by_source(scores, noise, np.array(["b", "b", "b", "a", "a", "c"]))
+  table = explain.by_source(scores, noise, np.array(["b", "b", "b", "a", "a", "c"]))
   assert list(table) == ["a", "b", "c"]
   assert (table["a"]["mean"], table["a"]["units"], table["a"]["corrupted"]) == (10, 1, 1)
   assert (table["c"]["mean"], table["c"]["units"], table["c"]["corrupted"]) == (99, 1, 1)
@@ -124,7 +127,7 @@ def linear(n, noise, seed=0):
 
 def test_fits_recover_a_known_linear_score():
   features, y, explained = linear(6000, noise=1.5)
-  result = analyse.explain(features, y)
+  result = explain.explain(features, y)
   total = np.sqrt(5.25 / explained)
   for i, weight in {0: 2, 5: -1, 9: 0.5, 3: 0}.items():
     r = result["pearson"][NAMES[i]]
@@ -143,18 +146,18 @@ def test_fits_recover_a_known_linear_score():
 
 def test_a_score_of_pure_chance_is_explained_in_sample_only():
   features, y, _ = linear(60, noise=1)
-  result = analyse.explain(features, np.random.default_rng(2).normal(size=60).astype(np.float32))
+  result = explain.explain(features, np.random.default_rng(2).normal(size=60).astype(np.float32))
   assert result["ols"]["r2"] > 0.2  # 23 coefficients fitted to 60 scores
   assert result["lasso"]["r2_mean"] < 0.1
 
 
 def test_constant_heuristics_are_named_and_copies_of_others_change_no_r2():
   features, y, explained = linear(2000, noise=1)
-  plain = analyse.explain(features, y)
+  plain = explain.explain(features, y)
   features[:, 1] = 7
   features[:, 2] = 3 * features[:, 0] - 1  # a copy
   features[:, 4] = features[:, 5] / 7 + features[:, 6]
-  result = analyse.explain(features, y)
+  result = explain.explain(features, y)
   assert result["constant"] == [NAMES[1]]
   assert (result["ols"]["heuristics"], result["ols"]["rank"]) == (22, 20)
   assert result["ols"]["r2"] == pytest.approx(plain["ols"]["r2"], abs=0.01)
@@ -168,9 +171,9 @@ def test_constant_heuristics_are_named_and_copies_of_others_change_no_r2():
 
 def fake_rater(**settings):
   """Rates the first letters: the sum of a row's first two tokens."""
-  config = train.Config(sequence_length=32, **settings)
+  config = settings.Config(sequence_length=32, **settings)
   score = lambda eta, batch: np.asarray(batch.tokens[:, :2].sum(axis=1), np.float32)
-  return train.TrainedRater(config, data.load_tokenizer("bytes"), None, score, 0, "f")
+  return TrainedRater(config, load_tokenizer("bytes"), None, score, 0, "f")
 
 
 @pytest.fixture
@@ -183,8 +186,8 @@ def letters(tmp_path):
 
 def test_packed_runs_are_rated_by_packed_sequence(letters, tmp_path):
   rater = fake_rater(data=(str(letters),), packing="pack", validation_fraction=0.5)
-  u = analyse.read_units(analyse.Config(), rater, tmp_path / "cache")
-  corpus = data.load_corpus(train.data_config(rater.config), tmp_path / "cache", progress=False)
+  u = read_units(Config(), rater, tmp_path / "cache")
+  corpus = load_corpus(settings.data_config(rater.config), tmp_path / "cache", progress=False)
   assert (
     u.kind == "packed sequence" and len(u.texts) == len(corpus.splits["validation"].tokens) > 64
   )
@@ -198,15 +201,15 @@ def test_packed_runs_are_rated_by_packed_sequence(letters, tmp_path):
     columns["packing_density"], np.array(filled) / 32
   )  # a start token each
   assert u.scores.tolist() == [257 + ord(row[0]) for row in u.texts]
-  some = analyse.read_units(analyse.Config(documents=20), rater, tmp_path / "cache")
+  some = read_units(Config(documents=20), rater, tmp_path / "cache")
   assert len(some.texts) == 20 and set(some.ids) < set(u.ids)
 
 
 def test_other_runs_are_rated_by_document_and_seen_by_neither_loop(letters, tmp_path):
   rater = fake_rater(data=(str(letters),), validation_fraction=0.3)
-  u = analyse.read_units(analyse.Config(), rater, tmp_path / "cache")
-  config = train.data_config(rater.config)
-  assert u.kind == "document" and {data.split_of(t, config)[0] for t in u.texts} == {"validation"}
+  u = read_units(Config(), rater, tmp_path / "cache")
+  config = settings.data_config(rater.config)
+  assert u.kind == "document" and {split_of(t, config)[0] for t in u.texts} == {"validation"}
   columns = dict(zip(NAMES, u.features.T, strict=True))
   assert set(columns["num_articles"]) == {1}
   np.testing.assert_allclose(columns["packing_density"], [(len(t) + 1) / 32 for t in u.texts])
@@ -217,28 +220,28 @@ def test_a_sample_of_other_data_does_not_depend_on_its_order(letters, tmp_path):
   turned = tmp_path / "turned.jsonl"
   turned.write_text("".join(lines[::-1]).replace('"text"', '"body"'))
   rater = fake_rater(packing="pack")
-  config = analyse.Config(data=(str(letters),), documents=50)
-  u = analyse.read_units(config, rater, tmp_path)
-  config = analyse.Config(data=(str(turned),), documents=50, text_field="body")
-  again = analyse.read_units(config, rater, tmp_path)
+  config = Config(data=(str(letters),), documents=50)
+  u = read_units(config, rater, tmp_path)
+  config = Config(data=(str(turned),), documents=50, text_field="body")
+  again = read_units(config, rater, tmp_path)
   assert u.kind == "document" and len(u.texts) == 50 and u.texts == again.texts
   assert len(set(u.source)) > 15
 
 
 def test_what_cannot_be_analysed_is_told_in_one_line(letters, tmp_path):
-  config = analyse.Config(data=(str(letters),))
-  silent = fake_rater()._replace(score=lambda eta, batch: np.zeros(len(batch.tokens), np.float32))
+  config = Config(data=(str(letters),))
+  silent = fake_rater()._replace(apply=lambda eta, batch: np.zeros(len(batch.tokens), np.float32))
   with pytest.raises(UserError, match="the same score"):
-    analyse.read_units(config, silent, tmp_path)
-  broken = fake_rater()._replace(score=lambda eta, batch: np.full(len(batch.tokens), np.nan))
+    read_units(config, silent, tmp_path)
+  broken = fake_rater()._replace(apply=lambda eta, batch: np.full(len(batch.tokens), np.nan))
   with pytest.raises(UserError, match="not finite"):
-    analyse.read_units(config, broken, tmp_path)
+    read_units(config, broken, tmp_path)
   few = tmp_path / "few.jsonl"
   few.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(19)))
   with pytest.raises(UserError, match="19 documents to rate, 20 are needed"):
-    analyse.read_units(analyse.Config(data=(str(few),)), fake_rater(), tmp_path)
+    read_units(Config(data=(str(few),)), fake_rater(), tmp_path)
   with pytest.raises(UserError, match="--documents=3"):
-    analyse.Config(documents=3)
+    Config(documents=3)
 
 
 # The page.
@@ -273,7 +276,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_and_runs_nothing():
-  text = page(nasty_units())
+  text = rendered(nasty_units())
   p = Page(text)
   assert not {"script", "img", "iframe", "link", "object", "base", "form"} & set(p.tags)
   assert p.tags.count("svg") == 5
@@ -291,7 +294,7 @@ def test_the_page_is_whole_and_fetches_and_runs_nothing():
 
 
 def test_nasty_text_is_shown_as_text():
-  text = page(nasty_units())
+  text = rendered(nasty_units())
   shown = "".join(Page(text).text)
   assert NASTY[0] in shown and NASTY[1] in shown
   assert "<U+0000><U+0001><U+001B>[31m<U+007F><U+0085><U+000D>\nCR LF<U+000D>\nthen" in shown
@@ -303,12 +306,12 @@ def test_nasty_text_is_shown_as_text():
 
 
 def test_the_page_is_a_function_of_its_arguments():
-  assert page(units()) == page(units())
+  assert rendered(units()) == rendered(units())
 
 
 def test_lowest_and_highest_are_at_their_places():
   u = units()
-  shown = page(u)
+  shown = rendered(u)
   parts = re.split("<h3>(?:Lowest|At|Highest)[^<]*</h3>", shown)
   low, middle, high, by_source = [re.findall(r"<bdi>(id\d+)</bdi>", part) for part in parts[1:]]
   ranked = [u.ids[i] for i in np.argsort(u.scores)]
@@ -321,33 +324,33 @@ def test_lowest_and_highest_are_at_their_places():
 
 def test_many_sources_are_grouped_and_one_source_or_no_noise_are_no_error():
   u = units(sources=[f"source-{i}" for i in range(60)])
-  many = page(u)
+  many = rendered(u)
   assert "41 other sources" in many and many.count('class="swatch"') == 20
   last = re.search(r"41 other sources</td>(.*?)</tr>", many)[1]
   cells = [float(x) for x in re.findall(r"[\d.]+", last.replace("td", ""))]
   largest = sorted(map(u.source.tolist().count, set(u.source)))[-19:]
   assert many.count("The 19 most frequent of 60 sources are shown by name") == 3
-  assert "are shown by name" not in page(units())
+  assert "are shown by name" not in rendered(units())
   assert len(cells) == 10 and cells[0] == pytest.approx(100 * (1 - sum(largest) / 200), abs=0.06)
   one = units(sources=("all",))
-  one = page(one._replace(noise=np.full(len(one.texts), np.nan)))
+  one = rendered(one._replace(noise=np.full(len(one.texts), np.nan)))
   assert one.count("<svg") == 4 and "Score against noise" not in one
 
 
 def test_the_page_ranks_sources_and_centers_scores_by_clean_text(monkeypatch):
   drawn = {}
   names = ("distributions", "noise")
-  originals = {name: getattr(analysis_figures, name) for name in names}
+  originals = {name: getattr(figures, name) for name in names}
   for name in names:
     keep = lambda *args, name=name: drawn.update({name: args}) or originals[name](*args)
-    monkeypatch.setattr(analysis_figures, name, keep)
+    monkeypatch.setattr(figures, name, keep)
   u = units(n=120)
   noise, shift = np.zeros(120), np.zeros(120)
   shift[u.source == "a"] = 5
   noise[(u.source == "a") & (np.arange(120) % 4 > 0)] = 0.5  # most of the best source
   noise[u.source == "c"], shift[u.source == "c"] = 0.3, 20  # nothing is clean
   scores = (u.scores + shift - 40 * noise).astype(np.float32)
-  text = page(u._replace(noise=noise, scores=scores))
+  text = rendered(u._replace(noise=noise, scores=scores))
   (groups,) = drawn["distributions"]
   assert list(groups) == ["c (corrupted)", "b", "a"]  # upwards
   clean = scores[(u.source == "a") & (noise == 0)]
@@ -362,23 +365,23 @@ def test_the_page_ranks_sources_and_centers_scores_by_clean_text(monkeypatch):
 
 def test_noise_boxes_stand_on_their_labels():
   levels = np.array([0, 0.04, 0.2, 0.2, 0.45, 1, np.nan])
-  figure = analysis_figures.noise(levels, np.arange(7.0))
+  figure = figures.noise(levels, np.arange(7.0))
   (axis,) = figure.axes
   assert [t.get_text() for t in axis.get_xticklabels()] == ["0", "0.2", "0.4", "1"]
   centers = [np.mean(patch.get_path().get_extents().intervalx) for patch in axis.patches]
   assert axis.get_xticks() == pytest.approx(centers)
   low, high = axis.get_xlim()
   assert low < -0.025 and high > 1.025  # boxes are whole
-  analysis_figures.plt.close(figure)
+  figures.plt.close(figure)
 
 
 def test_a_long_noise_table_says_how_many_rows_are_missing(monkeypatch):
-  monkeypatch.setattr(analysis_page, "MAX_ROWS", 2)
-  text = page(units())
+  monkeypatch.setattr(page, "MAX_ROWS", 2)
+  text = rendered(units())
   assert "The first 2 of 3 sources; analysis.json lists each." in text
-  results = analyse.analyse(units())
+  results = explain.analyse(units())
   results["noise"]["too_few_documents"] = [f"source {i}" for i in range(45)]
-  assert "source 39 and 5 more.</p>" in analysis_page.render(units(), HEADER, results)
+  assert "source 39 and 5 more.</p>" in page.render(units(), HEADER, results)
 
 
 # A browser.
@@ -438,7 +441,7 @@ def in_chromium(path, text):
 
 @pytest.mark.parametrize("make", [units, nasty_units])
 def test_in_a_browser_nothing_overflows_and_no_label_is_cut(make, tmp_path):
-  sizes = in_chromium(tmp_path, page(make()))
+  sizes = in_chromium(tmp_path, rendered(make()))
   assert set(sizes) == {"1280", "400"}
   for width, found in sizes.items():
     assert found["scroll"] <= found["client"] <= int(width)
@@ -464,7 +467,7 @@ def test_the_command_writes_page_numbers_and_scores(small_rater, cache, tmp_path
   )
   assert set(rows[0]) == {"id", "source", "noise", "score", *NAMES}
   numbers = json.loads((out / "analysis.json").read_text())
-  assert numbers["fingerprint"] == train.open_rater(small_rater).fingerprint
+  assert numbers["fingerprint"] == open_rater(small_rater).fingerprint
   assert "num_articles" in numbers["constant"] and numbers["noise"] is not None
   scores = [row["score"] for row in rows]
   for name in ("punctuation_fraction", "word_count"):

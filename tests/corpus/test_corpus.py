@@ -1,4 +1,4 @@
-"""data.py and documents.py: nasty files, splits, packing, order, cache."""
+"""corpus/: nasty files, splits, packing, order, cache."""
 
 import bz2
 import dataclasses
@@ -7,17 +7,27 @@ import json
 import math
 import os
 import threading
+from pathlib import Path
 
-import data
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tokenizers
 import zstandard
-from data import DataConfig, Document, UserError
 
-from corpus import documents
+from corpus import batches, demo
+from corpus.batches import batch_iterator, load_corpus
+from corpus.documents import (
+  SPLITS,
+  DataConfig,
+  Report,
+  corpus_records,
+  read_documents,
+  split_of,
+)
+from corpus.tokenizer import load_tokenizer
+from runtime.cli import UserError
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron".split()
 
@@ -38,13 +48,13 @@ def _jsonl(path, records):
 
 
 def _config(*names, **changes):
-  defaults = dict(sequence_length=64, outer_fraction=0.2, validation_fraction=0.2)
+  defaults = dict(sequence_length=64, packing="pack", outer_fraction=0.2, validation_fraction=0.2)
   return DataConfig(data=names, **(defaults | changes))
 
 
 def _read(*names, **changes):
-  report = data.Report()
-  return list(data.read_documents(_config(*names, **changes), report)), report
+  report = Report()
+  return list(read_documents(_config(*names, **changes), report)), report
 
 
 @pytest.fixture
@@ -55,7 +65,7 @@ def corpus_file(tmp_path):
 
 @pytest.fixture
 def corpus(corpus_file, tmp_path):
-  return data.load_corpus(_config(corpus_file), tmp_path / "cache", progress=False)
+  return load_corpus(_config(corpus_file), tmp_path / "cache", progress=False)
 
 
 # Reading
@@ -101,23 +111,24 @@ def test_records_can_be_read_from_any_place_on_and_tell_how_far_they_are(tmp_pat
   (tmp_path / "c.txt").write_text("words of a line\n" * 2000)
   names = [str(tmp_path / name) for name in ("a.jsonl.gz", "b.parquet", "c.txt")]
   config = _config(*names, max_bad_fraction=0.2)
-  whole = list(documents.corpus_records(config))
+  whole = list(corpus_records(config))
   places = [record[:2] for record in whole]
   assert places == [(0, i) for i in range(11)] + [(1, i) for i in range(12)] + [
     (2, i) for i in range(5)
   ]
   assert [record.original for record in whole[:2]] == [b"{", lines[0]]
-  assert [isinstance(record.document, str) for record in whole].count(True) == 3
+  assert [record.document is None for record in whole].count(True) == 3
+  assert all((record.document is None) == (record.problem != "") for record in whole)
   for record, following in zip(whole, [*whole[1:], None], strict=True):
     assert 0 < record.read <= 1
     if following is None or following.input != record.input:
       assert record.read == 1
   assert [record.number for record in whole[:12]] == [*range(1, 22, 2), 1]
-  facts = lambda records: repr([(*r[:5], type(r.original)) for r in records])
+  facts = lambda records: repr([(*r[:6], type(r.original)) for r in records])
   for start in range(len(whole)):
-    bad = sum(isinstance(record.document, str) for record in whole[:start])
-    report = data.Report(start, {"before": bad} if bad else {})
-    rest = list(documents.corpus_records(config, report, places[start]))
+    bad = sum(record.document is None for record in whole[:start])
+    report = Report(start, {"before": bad} if bad else {})
+    rest = list(corpus_records(config, report, places[start]))
     assert facts(rest) == facts(whole[start:])
     assert report.records == len(whole) and sum(report.skipped.values()) == 3
 
@@ -146,7 +157,7 @@ def test_bad_file_stops_after_a_thousand_records(tmp_path):
     ("empty.jsonl", b"", "holds no documents"),
     ("blank.txt", b"\n \n", "holds no documents"),
     ("picture.png", b"x", "unknown kind"),
-    ("other.jsonl", b'{"body": "x", "title": "y"}\n' * 9, r"set text_field.*body, title"),
+    ("other.jsonl", b'{"body": "x", "title": "y"}\n' * 9, r"set --text_field.*body, title"),
     ("cut.jsonl.gz", gzip.compress(os.urandom(99_999))[:50_000], "cannot be read to its end"),
     ("cut.jsonl.zst", zstandard.compress(os.urandom(99_999))[:50_000], "cannot be read to its end"),
     ("not.jsonl.gz", b"plain", "cannot be read to its end"),
@@ -165,12 +176,12 @@ def test_bad_input_is_one_clear_line(tmp_path, name, content, message):
 
 def test_bad_names_and_settings(tmp_path):
   for changes, message in [
-    (dict(packing="concat"), "pack or document"),
-    (dict(sequence_length=1), "2 or more"),
-    (dict(outer_fraction=0.7, validation_fraction=0.3), "for training"),
-    (dict(max_documents=0), "max_documents"),
-    (dict(data="demo"), "data"),
-    (dict(data=()), "data"),
+    (dict(packing="concat"), "--packing=concat is unknown: choose one of pack, document"),
+    (dict(sequence_length=1), "--sequence_length=1 must be at least 2"),
+    (dict(outer_fraction=0.7, validation_fraction=0.3), "leave nothing to train on"),
+    (dict(max_documents=0), "--max_documents=0 must be at least 1"),
+    (dict(data="demo"), "--data: give at least one name"),
+    (dict(data=()), "--data: give at least one name"),
   ]:
     with pytest.raises(UserError, match=message):
       DataConfig(**changes)
@@ -180,9 +191,9 @@ def test_bad_names_and_settings(tmp_path):
     _read("hf:a/b:c:d:e")
   (tmp_path / "broken.json").write_text("{}")
   with pytest.raises(UserError, match="tokenizer .* cannot be loaded"):
-    data.load_tokenizer(str(tmp_path / "broken.json"))
+    load_tokenizer(str(tmp_path / "broken.json"))
   with pytest.raises(UserError, match="tokenizer .* cannot be loaded"):
-    data.load_tokenizer("no/such/tokenizer.json")
+    load_tokenizer("no/such/tokenizer.json")
 
 
 def test_bom_crlf_and_odd_characters(tmp_path):
@@ -192,7 +203,7 @@ def test_bom_crlf_and_odd_characters(tmp_path):
   )
   documents, report = _read(str(path))
   assert [d.text for d in documents] == ["one", "t\ud800wo \0", "é"] and not report.skipped
-  tokenizer = data.load_tokenizer("bytes")
+  tokenizer = load_tokenizer("bytes")
   assert tokenizer.decode(tokenizer.encode([documents[1].text])[0]) == "t?wo \0"
   (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
   assert _read(str(tmp_path / "windows.txt"))[0][0].text == "one\ntwo\n"
@@ -283,11 +294,11 @@ def test_tokenizer_json(tmp_path):
     bpe.train_from_iterator(_texts(50), trainer)
     bpe.enable_truncation(5)  # must not shorten documents
     bpe.save(str(tmp_path / f"{name}.json"))
-  plain, own = (data.load_tokenizer(str(tmp_path / f"{n}.json")) for n in ("plain", "own"))
+  plain, own = (load_tokenizer(str(tmp_path / f"{n}.json")) for n in ("plain", "own"))
   assert plain.vocab_size == plain.bos + 1 and plain.fingerprint != own.fingerprint
   assert own.bos == 0 and own.vocab_size == 300
   text = "alpha <|endoftext|> \ud800 é " + "omega " * 50
-  for tokenizer in (plain, own, data.load_tokenizer("bytes")):
+  for tokenizer in (plain, own, load_tokenizer("bytes")):
     (tokens,) = tokenizer.encode([text])
     assert tokens[0] == tokenizer.bos and tokens.dtype == np.int32
     assert (tokens[1:] != tokenizer.bos).all() and tokens.max() < tokenizer.vocab_size
@@ -300,11 +311,11 @@ def test_duplicates_stay_on_one_side(tmp_path):
   _jsonl(
     tmp_path / "b.jsonl", [{"text": f"\r\n {t.replace(' ', '  ')}\n"} for t in reversed(texts)]
   )
-  split = {name: data.split_of(name, _config("x"))[0] for name in texts}
-  assert {data.split_of(f"\n{t} ", _config("x"))[0] == split[t] for t in texts} == {True}
-  assert split != {t: data.split_of(t, _config("x", seed=1))[0] for t in texts}
-  corpus = data.load_corpus(_config(str(tmp_path)), tmp_path / "cache", progress=False)
-  for name in data.SPLITS:
+  split = {name: split_of(name, _config("x"))[0] for name in texts}
+  assert {split_of(f"\n{t} ", _config("x"))[0] == split[t] for t in texts} == {True}
+  assert split != {t: split_of(t, _config("x", seed=1))[0] for t in texts}
+  corpus = load_corpus(_config(str(tmp_path)), tmp_path / "cache", progress=False)
+  for name in SPLITS:
     counts = corpus.report.documents[name]
     assert counts["a"] == counts["b"] == list(split.values()).count(name) > 20
 
@@ -329,11 +340,11 @@ def test_packed_pieces_are_the_documents(tmp_path, packing):
   texts = _texts(300)
   path = _jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])
   config = _config(path, packing=packing)
-  corpus = data.load_corpus(config, tmp_path / "cache", progress=False)
+  corpus = load_corpus(config, tmp_path / "cache", progress=False)
   tokenizer, missing = corpus.tokenizer, 0
-  for name in data.SPLITS:
+  for name in SPLITS:
     expected = []
-    for text in (t for t in texts if data.split_of(t, config)[0] == name):
+    for text in (t for t in texts if split_of(t, config)[0] == name):
       whole = b"\0" + text.encode()  # \0 stands for the start token
       pieces = [whole[i : i + 64] for i in range(0, len(whole), 64)]
       if len(pieces) > 1 and len(pieces[-1]) < 16:
@@ -354,13 +365,13 @@ def test_documents_far_shorter_and_longer_than_a_sequence(tmp_path):
   long = "".join(np.random.default_rng(0).choice(list("abc def"), 5_000_000))
   records = [{"text": long}] + [{"text": f"{i}"} for i in range(2000)]
   path = _jsonl(tmp_path / "c.jsonl", records)
-  corpus = data.load_corpus(_config(path, sequence_length=4096), tmp_path, progress=False)
+  corpus = load_corpus(_config(path, sequence_length=4096), tmp_path, progress=False)
   assert sum(corpus.report.documents["train"].values()) > 1000
   assert (
     max(split.segments.max() for split in corpus.splits.values()) == 255
   )  # the most there may be
   assert sum(corpus.report.tokens.values()) + corpus.report.dropped_tokens > 5_000_000
-  home = data.split_of(long, corpus.config)[0]
+  home = split_of(long, corpus.config)[0]
   assert len(corpus.splits[home].tokens) >= 1220
 
 
@@ -369,7 +380,7 @@ def test_source_and_noise_of_a_sequence(tmp_path):
     {"text": t, "source": f"s{i % 3}", "noise": i % 3 / 2} for i, t in enumerate(_texts(200))
   ]
   path = _jsonl(tmp_path / "c.jsonl", records)
-  corpus = data.load_corpus(_config(path, packing="document"), tmp_path / "cache", progress=False)
+  corpus = load_corpus(_config(path, packing="document"), tmp_path / "cache", progress=False)
   owner = {record["text"]: record for record in records}
   split = corpus.splits["train"]
   assert sorted(corpus.sources) == ["s0", "s1", "s2"]
@@ -380,7 +391,7 @@ def test_source_and_noise_of_a_sequence(tmp_path):
     assert corpus.sources[split.source[i]] == record["source"] and split.noise[i] == record["noise"]
   held = corpus.validation_documents()
   assert {d.text for d in held} == {
-    t for t in owner if data.split_of(t, corpus.config)[0] == "validation"
+    t for t in owner if split_of(t, corpus.config)[0] == "validation"
   }
   assert all(owner[d.text]["noise"] == d.noise for d in held)
   assert len(corpus.validation_documents(5)) == 5
@@ -389,19 +400,19 @@ def test_source_and_noise_of_a_sequence(tmp_path):
 def test_too_small_a_corpus_says_so(tmp_path, corpus):
   path = _jsonl(tmp_path / "small.jsonl", [{"text": "only one"}])
   with pytest.raises(UserError, match="split got none of the 1 documents"):
-    data.load_corpus(_config(path), tmp_path / "cache", progress=False)
-  with pytest.raises(UserError, match="fewer than one batch of 100000"):
-    data.batch_iterator(corpus.splits["outer"], 0, (1000, 100))
+    load_corpus(_config(path), tmp_path / "cache", progress=False)
+  with pytest.raises(UserError, match=r"sequences, one batch takes 100000 \(1000, 100\)"):
+    batch_iterator(corpus.splits["outer"], 0, (1000, 100))
   alone = _config(path, outer_fraction=0.0, validation_fraction=0.0)
-  split = data.load_corpus(alone, tmp_path / "cache", progress=False).splits["train"]
-  assert next(data.batch_iterator(split, 0, (1,))).tokens.shape == (1, 64)
+  split = load_corpus(alone, tmp_path / "cache", progress=False).splits["train"]
+  assert next(batch_iterator(split, 0, (1,))).tokens.shape == (1, 64)
 
 
 # Order
 
 
 def _take(split, count, *args, **kwargs):
-  batches = data.batch_iterator(split, *args, **kwargs)
+  batches = batch_iterator(split, *args, **kwargs)
   taken = [next(batches) for _ in range(count)]
   batches.close()
   return taken
@@ -455,41 +466,24 @@ def test_iterators_leave_no_threads(corpus):
   assert not any(thread.is_alive() for thread in threads)
 
 
-def test_document_batches_cover_documents_in_order():
-  tokenizer = data.load_tokenizer("bytes")
-  texts = ["short", "x" * 63, "y" * 64, "z" * 300, "last"]
-  documents = [Document(text, "s", str(i)) for i, text in enumerate(texts)]
-  got = list(data.document_batches(iter(documents), tokenizer, 64, 4))
-  index = np.concatenate([index for _, index, _ in got])
-  length = np.concatenate([length for _, _, length in got])
-  assert all(batch.tokens.shape == batch.segments.shape == (4, 64) for batch, _, _ in got)
-  assert index.tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 4, -1, -1, -1]
-  assert length.tolist() == [6, 64, 64, 64, 64, 64, 64, 45, 5, 0, 0, 0]
-  tokens = np.concatenate([batch.tokens for batch, _, _ in got])
-  segments = np.concatenate([batch.segments for batch, _, _ in got])
-  assert np.array_equal(segments.sum(1), length) and segments.max() == 1
-  assert tokenizer.decode(tokens[3:8].ravel()) == texts[3]
-  assert list(data.document_batches([], tokenizer, 64, 4)) == []
-
-
 # Cache
 
 
 def test_second_call_reads_nothing_and_changed_files_are_seen(corpus_file, tmp_path, monkeypatch):
   cache, config = tmp_path / "cache", _config(corpus_file)
-  first = data.load_corpus(config, cache, progress=False)
+  first = load_corpus(config, cache, progress=False)
   with monkeypatch.context() as patch:
-    patch.setattr(data, "_build_corpus", None)
-    second = data.load_corpus(config, cache)
+    patch.setattr(batches, "_build_corpus", None)
+    second = load_corpus(config, cache)
   assert np.array_equal(first.splits["train"].tokens, second.splits["train"].tokens)
   assert second.sources == first.sources and vars(second.report) == vars(first.report)
   assert second.summary() == first.summary() and "300 records" in first.summary()
   assert sorted(p.name for p in cache.iterdir()) == [f"corpus-{first.fingerprint}"]
   longer = dataclasses.replace(config, sequence_length=128)
-  assert data.load_corpus(longer, cache, progress=False).fingerprint != first.fingerprint
+  assert load_corpus(longer, cache, progress=False).fingerprint != first.fingerprint
   with open(corpus_file, "a") as file:
     file.write(json.dumps({"text": "one more"}) + "\n")
-  third = data.load_corpus(config, cache, progress=False)
+  third = load_corpus(config, cache, progress=False)
   assert third.fingerprint != first.fingerprint and third.report.records == 301
 
 
@@ -500,24 +494,24 @@ def test_interrupted_and_damaged_caches_are_not_used(corpus_file, tmp_path, monk
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(data, "_pack", interrupted)
+    patch.setattr(batches, "_pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
-      data.load_corpus(config, cache, progress=False)
+      load_corpus(config, cache, progress=False)
   assert list(cache.iterdir()) == []
   (cache / ".building-killed" / "corpus").mkdir(parents=True)
-  first = data.load_corpus(config, cache, progress=False)
+  first = load_corpus(config, cache, progress=False)
   expected = np.array(first.splits["train"].tokens)
   for damage in ("train.rows", "meta.json"):
     path = first.folder / damage
     path.write_bytes(path.read_bytes()[:-200])  # of the rows: exactly one
-    again = data.load_corpus(config, cache, progress=False)
+    again = load_corpus(config, cache, progress=False)
     assert np.array_equal(again.splits["train"].tokens, expected), damage
 
 
 def test_two_builders_at_once(corpus_file, tmp_path):
   got = []
   config = _config(corpus_file)
-  load = lambda: got.append(data.load_corpus(config, tmp_path / "c", progress=False))  # noqa: E731
+  load = lambda: got.append(load_corpus(config, tmp_path / "c", progress=False))  # noqa: E731
   threads = [threading.Thread(target=load) for _ in range(3)]
   for thread in threads:
     thread.start()
@@ -527,14 +521,14 @@ def test_two_builders_at_once(corpus_file, tmp_path):
   assert all(np.array_equal(c.splits["outer"].tokens, got[0].splits["outer"].tokens) for c in got)
 
 
-def test_a_noisy_outer_split_is_said_with_the_mend(corpus_file, corpus, tmp_path):
+def test_a_noisy_outer_split_is_reported_with_a_fix(corpus_file, corpus, tmp_path):
   assert "--outer_data" not in corpus.summary()
   noisy = _jsonl(tmp_path / "n.jsonl", [{"text": t.upper(), "noise": 0.5} for t in _texts(300)])
-  corpus = data.load_corpus(_config(noisy), tmp_path / "cache", progress=False)
+  corpus = load_corpus(_config(noisy), tmp_path / "cache", progress=False)
   assert "100% of the outer sequences have a known noise level" in corpus.summary()
   assert "--outer_data" in corpus.summary()
   clean = _config(noisy, outer_data=(corpus_file,))
-  assert "known noise" not in data.load_corpus(clean, tmp_path / "cache", False).summary()
+  assert "known noise" not in load_corpus(clean, tmp_path / "cache", False).summary()
 
 
 def test_outer_data_is_the_outer_split_and_is_kept_out_of_the_others(tmp_path):
@@ -542,7 +536,7 @@ def test_outer_data_is_the_outer_split_and_is_kept_out_of_the_others(tmp_path):
   outer = _jsonl(tmp_path / "outer.jsonl", [{"text": t, "source": "o"} for t in texts[:90]])
   path = _jsonl(tmp_path / "c.jsonl", [{"text": t + " \n", "source": "c"} for t in texts[50:]])
   config = _config(path, outer_data=(outer,), validation_fraction=0.3)
-  corpus = data.load_corpus(config, tmp_path / "cache", progress=False)
+  corpus = load_corpus(config, tmp_path / "cache", progress=False)
   documents = corpus.report.documents
   assert documents["outer"] == {"o": 90}  # and no share of `data`
   assert documents["train"]["c"] + documents["validation"]["c"] == 350 - 40
@@ -550,19 +544,19 @@ def test_outer_data_is_the_outer_split_and_is_kept_out_of_the_others(tmp_path):
   assert "40 of its documents left out of data" in corpus.summary()
   held_out = {d.text.strip() for d in corpus.validation_documents()}
   assert held_out and not held_out & set(texts[:90])
-  other = data.load_corpus(_config(path, validation_fraction=0.3), tmp_path / "cache", False)
+  other = load_corpus(_config(path, validation_fraction=0.3), tmp_path / "cache", False)
   assert other.fingerprint != corpus.fingerprint
   with pytest.raises(UserError, match="nowhere.jsonl does not exist"):
-    data.load_corpus(_config(path, outer_data=("nowhere.jsonl",)), tmp_path / "cache", False)
+    load_corpus(_config(path, outer_data=("nowhere.jsonl",)), tmp_path / "cache", False)
   with pytest.raises(UserError, match="train split got none .*90 left out: in outer_data"):
-    data.load_corpus(_config(outer, outer_data=(outer,)), tmp_path / "cache", False)
+    load_corpus(_config(outer, outer_data=(outer,)), tmp_path / "cache", False)
 
 
 def test_demo_is_half_corrupted_but_never_in_outer(tmp_path, monkeypatch):
   path = _jsonl(tmp_path / "demo.jsonl", [{"text": t, "source": "s"} for t in _texts(400)])
-  monkeypatch.setattr(data.demo_corpus, "build", lambda: data.Path(path))
+  monkeypatch.setattr(demo, "build", lambda: Path(path))
   config = _config("demo", packing="document")
-  corpus = data.load_corpus(config, tmp_path / "cache", progress=False)
+  corpus = load_corpus(config, tmp_path / "cache", progress=False)
   assert (corpus.splits["outer"].noise == 0).all()
   noise = corpus.splits["train"].noise
   assert 0.35 < (noise == 0).mean() < 0.65

@@ -45,7 +45,7 @@ def test_strip_markup():
 
 
 def test_without_packages_python_help_remains(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(demo_corpus, "_fetch", lambda *args: "no network")
+  monkeypatch.setattr(demo, "_fetch", lambda *args: "no network")
   output = demo.build(tmp_path / "new" / "demo.jsonl")
   records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
   assert {record["source"] for record in records} == {"python_help"} and len(records) > 50
@@ -60,7 +60,7 @@ def test_without_packages_python_help_remains(tmp_path, monkeypatch, capsys):
 def test_the_corpus_is_complete_and_building_it_again_is_instant(monkeypatch):
   output = demo.build()  # at most once on a machine: under a minute
   table = (output.parent / "SOURCES.md").read_text(encoding="utf-8")
-  monkeypatch.setattr(demo_corpus, "_fetch", None)
+  monkeypatch.setattr(demo, "_fetch", None)
   if missing := [source.name for source in demo.SOURCES if source.name not in table]:
     pytest.skip(f"built without {', '.join(missing)} (no network)")
   demo.build()

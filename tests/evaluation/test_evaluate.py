@@ -7,17 +7,21 @@ import os
 import signal
 import time
 
-import data
 import jobs
 import matplotlib.text
 import numpy as np
 import pytest
 
-import evaluate
+import rating
 import selection
-import train
-from corpus import documents
-from evaluation import compare, pretrain
+from config import data_config
+from corpus.batches import drawn_rows
+from corpus.documents import read_documents, split_of
+from corpus.tokenizer import load_tokenizer
+from evaluation import compare, plan, pretrain
+from evaluation.runs import open_inputs, selected_batches
+from runtime import cli
+from transformer import Batch
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +80,18 @@ def test_the_sequences_of_a_policy_are_those_with_the_best_scores_of_each_pool(
 ):
   workdir, _ = finished
   config = config_of(workdir)
-  corpus = evaluate.open_inputs(config, cache).corpus
+  corpus = open_inputs(config, cache).corpus
   scores = np.load(workdir / "scores" / "datarater.npy")
-  run = evaluate.Run("nano", "datarater", 0.5, 1)
-  recipe = evaluate.costs(config).recipes["nano"]
-  kept = next(evaluate.selected_batches(run, recipe, workdir, corpus, 1))  # the second call
+  run = plan.Run("nano", "datarater", 0.5, 1)
+  recipe = plan.costs(config).recipes["nano"]
+  kept = next(selected_batches(run, recipe, workdir, corpus, 1))  # the second call
   split = corpus.splits["train"]
-  trained = train.open_rater(small_rater)
+  trained = rating.open_rater(small_rater)
   for i in range(recipe.steps_per_call):
     step = recipe.steps_per_call + i
-    pool = data.drawn_rows(len(split.tokens), 1, step * 4, 4)
-    batch = evaluate.transformer.Batch(
-      *(x[pool].astype(np.int32) for x in (split.tokens, split.segments))
-    )
-    online = np.asarray(trained.score(trained.eta, batch))  # scored when drawn, as in the paper
+    pool = drawn_rows(len(split.tokens), 1, step * 4, 4)
+    batch = Batch(*(x[pool].astype(np.int32) for x in (split.tokens, split.segments)))
+    online = np.asarray(trained.score(batch))  # scored when drawn, as in the paper
     np.testing.assert_allclose(scores[pool], online, rtol=1e-4, atol=1e-6)
     best = sorted(pool[np.argsort(-online, kind="stable")[:2]].tolist())
     rows = [r.tolist() for r in kept.tokens[i]]
@@ -100,15 +102,15 @@ def test_what_is_reported_is_disjoint_from_what_anything_learnt_from_or_was_chos
   finished, cache
 ):
   config = config_of(finished[0])
-  settings = train.data_config(evaluate.rater_settings(config))
+  settings = data_config(plan.rater_settings(config))
   texts = {"train": "", "outer": "", "selection": "", "validation": ""}
-  for document in documents.read_documents(settings):
-    split, bits = documents.split_of(document.text, settings)
+  for document in read_documents(settings):
+    split, bits = split_of(document.text, settings)
     half = "selection" if split == "validation" and not bits & 1 else split
     texts[half] += document.text + "\n"
-  tokenizer = data.load_tokenizer("bytes")
+  tokenizer = load_tokenizer("bytes")
   for name in ("selection", "validation"):
-    rows = evaluate.open_inputs(config, cache).eval_sets[name]
+    rows = open_inputs(config, cache).eval_sets[name]
     tokens, segments = (x.reshape(-1, settings.sequence_length) for x in rows)
     pieces = [tokenizer.decode(t[s > 0]) for t, s in zip(tokens, segments, strict=True)]
     long = [piece for piece in pieces if len(piece) > 28]
@@ -120,10 +122,10 @@ def test_what_is_reported_is_disjoint_from_what_anything_learnt_from_or_was_chos
 
 def config_of(workdir):
   saved = json.loads((workdir / "config.json").read_text())["config"]
-  return evaluate.cli.make_config(evaluate.Config, saved)
+  return cli.from_values(plan.Config, saved)
 
 
-def test_killed_twice_it_goes_on_to_the_same_curves(finished, flags, cache, tmp_path):
+def test_killed_twice_it_resumes_to_the_same_curves(finished, flags, cache, tmp_path):
   workdir = tmp_path / "killed"
   for done in (2, 9):
     process = jobs.start("evaluate.py", cache, *flags(workdir, "--jobs=2"))
@@ -144,10 +146,8 @@ def test_killed_twice_it_goes_on_to_the_same_curves(finished, flags, cache, tmp_
 
 def test_dry_run_prints_the_plan_with_its_flops(flags, cache, small_rater):
   output = jobs.succeed("evaluate.py", cache, *flags("unused", "--dry_run"))
-  config = evaluate.Config(
-    rater=str(small_rater), models=("nano",), steps=12, batch=2, evaluations=3
-  )
-  parameters = evaluate.costs(config).parameters["nano"]
+  config = plan.Config(rater=str(small_rater), models=("nano",), steps=12, batch=2, evaluations=3)
+  parameters = plan.costs(config).parameters["nano"]
   assert f"rater: {parameters + 32:,} parameters" in output  # 32: its head
   flops = 6 * parameters * 12 * 2 * 32
   assert f"{flops / 1e12:.4g}" in output  # none and random
@@ -160,10 +160,10 @@ def test_dry_run_prints_the_plan_with_its_flops(flags, cache, small_rater):
   "wrong, message",
   [
     (["--rater=absent"], "absent holds no run"),
-    (["--policies=none,best"], "choose among none, random"),
+    (["--policies=none,best"], "choose one of none, random"),
     (["--policies=random"], "lacks none"),
-    (["--models=huge"], "choose among nano"),
-    (["--discard=1"], "must lie between 0 and 1"),
+    (["--models=huge"], "choose one of nano"),
+    (["--discard=1"], "--discard=1.0 must be below 1"),
     (["--sweep_discard=0.5,x"], "is not a list of numbers"),
     (["--eval_data=absent.jsonl"], "absent.jsonl does not exist"),
     (["--benchmarks=piqa=absent.jsonl"], "absent.jsonl"),
@@ -190,7 +190,7 @@ def test_the_comparison_of_hand_made_curves(tmp_path):
   }
   runs = []
   for (policy, rho, seed), values in curves.items():
-    run = evaluate.Run("tiny", policy, rho, seed)
+    run = plan.Run("tiny", policy, rho, seed)
     folder = tmp_path / "runs" / run.name
     folder.mkdir(parents=True)
     rows = [
@@ -231,7 +231,7 @@ def _draw(monkeypatch, folder, models, policies, sets=(), tasks=()):
   runs, figures = [], {}
   order = [p for p in policies if p != "random"]
   for model, policy, seed in itertools.product(models, policies, (0, 1)):
-    run = evaluate.Run(model, policy, 0.0 if policy == "none" else 0.5, seed)
+    run = plan.Run(model, policy, 0.0 if policy == "none" else 0.5, seed)
     (folder / "runs" / run.name).mkdir(parents=True)
     end = 2.5 if policy == "random" else 2 - 0.1 * order.index(policy)
     rows = [
@@ -255,7 +255,7 @@ def _draw(monkeypatch, folder, models, policies, sets=(), tasks=()):
     figure.draw_without_rendering()
     figures[path.stem] = figure
 
-  monkeypatch.setattr(compare.report, "save_figure", keep)
+  monkeypatch.setattr(compare, "save_figure", keep)
   sweep = [run for run in runs if run.policy in ("none", "datarater")]
   compare.write(folder, runs, sweep, costs, benchmarks)
   return figures

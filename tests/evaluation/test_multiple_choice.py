@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zipfile
 
-import data
 import jax
 import numpy as np
 import pyarrow as pa
@@ -17,10 +16,10 @@ import pytest
 import tokenizers
 import zstandard
 from conftest import assert_close
-from data import UserError
 from test_transformer import CONFIG, states_by_hand
 
 import transformer
+from corpus.tokenizer import Tokenizer, load_tokenizer
 from evaluation.multiple_choice import (
   TASKS,
   Question,
@@ -29,6 +28,7 @@ from evaluation.multiple_choice import (
   load_questions,
   sequence_logprob,
 )
+from runtime.cli import UserError
 
 # A row of each task as the hub has it, and the question that it is.
 HUB = {
@@ -368,7 +368,7 @@ def test_folders_that_leave_a_doubt_are_refused(tmp_path):
 
 # Scoring
 
-BYTES = data.load_tokenizer("bytes")
+BYTES = load_tokenizer("bytes")
 
 
 def _counted(batch, counted, tokenizer=BYTES):
@@ -465,7 +465,7 @@ def test_batches_are_as_narrow_as_a_power_of_two_allows():
 def test_a_token_merged_across_the_boundary_counts():
   vocabulary = {c: i for i, c in enumerate("abcd: ")} | {": ": 6}
   model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [(":", " ")]))
-  tokenizer = data.Tokenizer(8, 7, 7, "test", model)
+  tokenizer = Tokenizer(8, 7, 7, "test", model)
   seen = []
 
   def logprob(batch, counted):
@@ -480,7 +480,7 @@ def test_a_token_merged_across_the_boundary_counts():
 
 def test_a_choice_that_the_tokenizer_drops_is_an_error():
   model = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))  # what it lacks, it leaves out
-  tokenizer = data.Tokenizer(2, 1, 1, "test", model)
+  tokenizer = Tokenizer(2, 1, 1, "test", model)
   with pytest.raises(UserError, match="no token for the choice 'zzz'"):
     accuracy(lambda b, c: np.zeros(len(c)), [Question("a", ("a", "zzz"), 0)], tokenizer, 32)
 

@@ -1,4 +1,4 @@
-"""kernels compiled for TPU v5e, v5p, v6e and H100 by the targets' own compilers; nothing is run.
+"""Kernels and runs compiled for TPU v5e, v5p, v6e and H100; nothing is executed.
 
 Skipped where libtpu, or the CUDA plugin and ptxas, are not installed: `make test-compile` installs
 them in an environment of its own.
@@ -20,8 +20,9 @@ import optax
 import pytest
 
 import inner_loop
-import train
+import mixflow
 from benchmarks import attention, loss
+from config import PRESETS, Config
 from kernels import pallas_gpu
 from planner import hlo, plan, targets
 
@@ -41,7 +42,7 @@ TARGETS = [
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-  """The plugins are for compiling. libtpu ends the process at a flag of conftest's for CPUs."""
+  """The plugins only compile. libtpu ends the process at a CPU flag that conftest sets."""
   jax.config.update("jax_platforms", "cpu")
   monkeypatch.delenv("XLA_FLAGS", raising=False)
 
@@ -70,13 +71,13 @@ def _largest_temporary(text, V):
 @pytest.mark.parametrize("V", VOCABULARIES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_small(target, V, order):
-  compiled = _compile(target, _backend(target), order, V)  # Mosaic or ptxas refuses what is too big
+  compiled = _compile(target, _backend(target), order, V)  # too large blocks are refused
   _, text = compiled
   kernel_call = "xla.gpu.triton" if target == "h100" else "tpu_custom_call"
   assert kernel_call in text  # not an interpreter
   assert _largest_temporary(text, V) < N * V / 5
-  # What dense needs at the least: float32 logits in a value, and one more [N, V] in a gradient and
-  # its product. A TPU compiles dense only where it fits, so this stands for it at any V.
+  # Dense needs at least float32 logits for a value, and another [N, V] for a gradient and its HVP.
+  # The compiler for TPUs refuses a dense module that does not fit, so this bound replaces it.
   dense = 4 * N * V if order == "value" else 6 * N * V
   assert _temp(compiled) < dense / VOCABULARIES[V]
 
@@ -86,13 +87,13 @@ def test_kernels_compile_small(target, V, order):
 def test_temporary_memory_is_a_tenth_of_the_dense_module(target, order):
   V = 32_000
   dense = _compile(target, "reference", order, V)
-  assert _largest_temporary(dense[1], V) >= N * V  # the search sees what it looks for
+  assert _largest_temporary(dense[1], V) >= N * V  # the search finds the logits
   assert _temp(_compile(target, _backend(target), order, V)) < _temp(dense) / 10
 
 
 @pytest.mark.parametrize("order", UNITS)
 def test_temporary_memory_is_a_fiftieth_of_the_dense_module(order):
-  """On the one target whose compiler takes a dense module that fits no device."""
+  """On the H100: its compiler accepts a dense module that fits no device."""
   if missing["h100"]:
     pytest.skip(reason)
   dense, ours = (_temp(_compile("h100", b, order, 256_000)) for b in ("reference", "pallas_gpu"))
@@ -122,7 +123,7 @@ def test_attention_compiles_and_holds_no_scores(target, K, order):
   compiled = targets.compile_for(target, attention.orders(_backend(target))[order], *shapes)
   assert ("xla.gpu.triton" if target == "h100" else "tpu_custom_call") in compiled[1]
   assert _largest_temporary(compiled[1], 0) == B * S * H * K  # S S would be 16 times as much
-  # Inputs and results are 3 arrays and 3, or with tangents 6 and 3; what a TPU pads counts double.
+  # 3 inputs (6 with tangents) and 3 results; TPUs pad head width 64 to 128.
   assert _temp(compiled) < 20 * (128 // K) * 4 * B * S * H * K
 
 
@@ -134,7 +135,7 @@ def test_attention_in_float32_and_at_odd_sizes_compiles(target):
 
 
 @pytest.mark.skipif(missing["v5e"], reason=reason)
-def test_a_sequence_too_long_for_vmem_is_told():
+def test_a_sequence_too_long_for_vmem_is_an_error():
   shapes = attention.inputs(1, 2**17, 1, 128, "bfloat16", "value")
   with pytest.raises(ValueError, match="needs .* bytes of VMEM.*use the XLA backend"):
     targets.compile_for("v5e", attention.orders("pallas_tpu")["value"], *shapes)
@@ -147,7 +148,7 @@ def test_kernels_compile_under_a_mesh(spread):
   small = dict(model="nano", rater="nano", n_models=4, inner_batch=8, outer_batch=8)
   small |= dict(mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
   backends = dict(loss_backend="pallas_tpu", attention_backend="pallas_tpu")
-  compiled = plan.compile_run(train.Config(**small, **backends), "v5e:2x2", spread, 259)
+  compiled = plan.compile_run(Config(**small, **backends), "v5e:2x2", spread, 259)
   assert compiled.fits and compiled.work.unknown_loops == 0
 
 
@@ -159,7 +160,7 @@ def test_a_small_run_is_planned(target, mesh):
   if missing[target.split(":")[0]]:
     pytest.skip(reason)
   small = dict(model="nano", rater="nano", n_models=2, inner_batch=8, outer_batch=8)
-  config = train.Config(**small, mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
+  config = Config(**small, mode="mixed", steps_per_call=2, meta_steps=2, checkpoint_every=2)
   compiled = plan.compile_run(config, target, mesh, 259)
   assert compiled.fits and 0 < compiled.arguments < compiled.peak < 1e9 and compiled.temp > 0
   assert compiled.work.unknown_loops == 0 and compiled.traffic.unknown_loops == 0
@@ -174,18 +175,18 @@ def test_a_small_run_is_planned(target, mesh):
 
 
 @pytest.mark.skipif(missing["v5e"], reason=reason)
-def test_train_plans_what_the_planner_does(tmp_path):
-  small = ["--preset=paper", "--model=nano", "--rater=nano", "--n_models=2", "--inner_batch=8"]
-  small += ["--outer_batch=8", "--sequence_length=64", "--mesh=population=2,data=2"]
-  said = [
-    jobs.succeed("train.py", tmp_path, *small, "--plan=v5e:2x2"),
-    jobs.succeed("plan.py", tmp_path, *small, "--target=v5e:2x2"),
-  ]
-  train_says, plan_says = (re.sub(r"compiled in \d+ s", "", text) for text in said)
-  assert train_says == plan_says and "\nfits\n" in plan_says
-  assert plan_says.startswith(
-    "$ python plan.py --preset=paper --target=v5e:2x2 --mesh=population=2"
-  )
+def test_the_command_prints_what_the_functions_return(tmp_path):
+  flags = ["--preset=paper", "--model=nano", "--rater=nano", "--n_models=2", "--inner_batch=8"]
+  flags += ["--outer_batch=8", "--sequence_length=64"]
+  where = ["--target=v5e:2x2", "--mesh=population=2,data=2"]
+  said = jobs.succeed("-m", tmp_path, "planner", *flags, *where)
+  small = dict(model="nano", rater="nano", n_models=2, inner_batch=8, outer_batch=8)
+  config = Config(**PRESETS["paper"] | small | dict(sequence_length=64))
+  compiled = plan.compile_run(config, "v5e:2x2", "population=2,data=2", 32_000)
+  report = plan.report(config, "v5e:2x2", 32_000, compiled)
+  without_time = lambda text: re.sub(r"compiled in \d+ s", "", text).strip()
+  command = " ".join(["$ python -m planner", *flags, *where])
+  assert without_time(said) == without_time(f"{command}\n{report}") and "\nfits\n" in said
 
 
 def _memory_of_a_layer(target, T, meta_gradient):
@@ -208,7 +209,7 @@ def _memory_of_a_layer(target, T, meta_gradient):
 
 @pytest.mark.parametrize("T", [8, 24])  # one segment, and three
 @pytest.mark.parametrize("target", ["v5e", "h100"])
-def test_saved_states_wait_in_the_memory_of_the_host(target, T):
+def test_saved_states_are_kept_in_host_memory(target, T):
   def meta_gradient(mode, loss, optimizer, state, weights_TB, x_TBW):
     def outer(weights_TB):
       after, _ = inner_loop.unroll(loss, optimizer, state, weights_TB, x_TBW, mode)
@@ -219,18 +220,18 @@ def test_saved_states_wait_in_the_memory_of_the_host(target, T):
   here, size = _memory_of_a_layer(target, T, functools.partial(meta_gradient, "mixed"))
   away, _ = _memory_of_a_layer(target, T, functools.partial(meta_gradient, "mixed_offload"))
   assert here.host_temp_size_in_bytes == 0
-  # Every gradient, and of each segment but the first a theta and Adam's two moments; XLA takes some
-  # of these back where nothing but straight code lies between.
-  states = 3 * (T // inner_loop.SEGMENT - 1)
+  # Every gradient, and theta and Adam's two moments of each segment but the first; XLA keeps some
+  # of these on the device where no loop lies between.
+  states = 3 * (T // mixflow.SEGMENT - 1)
   assert T * size <= away.host_temp_size_in_bytes <= (T + states) * size
   gone = here.temp_size_in_bytes - away.temp_size_in_bytes
-  assert gone > 0.5 * T * size  # a v5e keeps some of them on chip
+  assert gone > 0.5 * T * size  # a v5e keeps some on chip
 
 
 @pytest.mark.parametrize("target, T, most", [("h100", 2, 2.5), ("h100", 8, 14), ("v5e", 8, 10)])
-def test_states_are_formed_again_where_the_compiler_could_keep_them(target, T, most):
-  """In copies of the parameters: T gradients, and what one step needs. (Without the barriers of
-  inner_loop.py, 3.6, 16.5 and 12.2.)"""
+def test_states_are_recomputed_though_the_compiler_could_keep_them(target, T, most):
+  """`most` in copies of the parameters: T gradients and one step's own. (3.6, 16.5 and 12.2 without
+  the barriers of mixflow.py.)"""
 
   def meta_gradient(loss, optimizer, state, weights_TB, x_TBW):
     outer = lambda w: loss(w, jnp.ones_like(weights_TB[0]), x_TBW[0])[0]
@@ -241,8 +242,8 @@ def test_states_are_formed_again_where_the_compiler_could_keep_them(target, T, m
 
 
 @pytest.mark.skipif(missing["v5e"], reason=reason)
-def test_what_does_not_fit_is_told():
-  config = train.Config(**train.PRESETS["paper"] | dict(model="nano", rater="nano", n_models=1))
+def test_a_program_that_does_not_fit_is_reported():
+  config = Config(**PRESETS["paper"] | dict(model="nano", rater="nano", n_models=1))
   config = dataclasses.replace(config, steps_per_call=1, inner_batch=2**13, outer_batch=2**13)
   compiled = plan.compile_run(config, "v5e", None, 259)
   assert not compiled.fits and "exceeds available HBM" in compiled.refusal
@@ -251,7 +252,7 @@ def test_what_does_not_fit_is_told():
 
 @pytest.mark.skipif(missing["h100"], reason=reason)
 def test_too_much_shared_memory_is_refused(monkeypatch):
-  """So a passing compile means that the kernels fit."""
+  """Hence a passing compile means that the kernels fit."""
   chip = pallas_gpu.Chip(10**9, (128, 256, 64), (128, 128, 64), 8, 9)
   monkeypatch.setattr(pallas_gpu, "CHIPS", {"": chip})
   with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):

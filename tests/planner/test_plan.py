@@ -1,4 +1,4 @@
-"""flops.py, hlo.py and plan.py: counts against hand-made ones and XLA's own, and what is printed.
+"""The planner: its counts against counts by hand and XLA's own, and what it prints.
 
 Axes: T inner steps, B sequences, S tokens, D width.
 """
@@ -13,16 +13,17 @@ import jobs
 import pytest
 from jax.experimental import pallas as pl
 
+import datarater
 import inner_loop
 import meta_step
-import train
 import transformer
+from config import PRESETS, Config
 from planner import flops, hlo, plan, targets
 from runtime.cli import UserError
 
 D = 8
 X = jax.ShapeDtypeStruct((D, D), jnp.float32)
-UNIT = 2 * D**3  # of a product of two [D, D]
+UNIT = 2 * D**3  # FLOPs of a matmul of two [D, D]
 
 
 def _products(function, *args):
@@ -33,7 +34,8 @@ def test_products_of_loops_branches_and_calls():
   w3 = jax.ShapeDtypeStruct((3, D, D), jnp.float32)
   chain = lambda x, w3: jax.lax.scan(lambda c, w: (c @ w, None), x, w3)[0]
   assert _products(chain, X, w3) == 3
-  assert _products(lambda x, w3: jax.lax.scan(lambda c, _: (chain(c, w3), 0), x, None, 5), X, w3)
+  five_chains = lambda x, w3: jax.lax.fori_loop(0, 5, lambda i, c: chain(c, w3), x)
+  assert _products(five_chains, X, w3) == 15
   assert _products(lambda x: jax.lax.fori_loop(2, 7, lambda i, c: c @ c, x), X) == 5
   until_7 = (lambda c: c[0] < 7, lambda c: (c[0] + 1, c[1] @ c[1]))
   assert _products(lambda x: jax.lax.while_loop(*until_7, (0, x))[1], X) == 7
@@ -48,7 +50,7 @@ def test_products_of_loops_branches_and_calls():
   assert convolution.products == 2 * (4 * 8 * 8) * (3 * 2 * 2)
 
 
-def test_what_nothing_depends_on_counts_nothing():
+def test_dead_code_is_not_counted():
   def function(x):
     carry = jax.lax.scan(lambda c, _: ((c[0] @ c[0], c[1] @ c[1]), None), (x, x), None, 3)[0]
     return carry[0]
@@ -56,7 +58,7 @@ def test_what_nothing_depends_on_counts_nothing():
   assert _products(function, X) == 3
 
 
-def test_a_loop_of_unknown_length_is_said():
+def test_a_loop_of_unknown_length_is_reported():
   counted = flops.count(lambda n, x: jax.lax.fori_loop(0, n, lambda i, c: c @ c, x), 3, X)
   assert counted.products == UNIT and counted.unknown_loops == 1
 
@@ -68,7 +70,7 @@ def test_custom_derivatives_are_followed():
 
   f.defvjp(lambda x: (f(x), x), lambda x, g: (g @ x @ x @ x,))
   assert _products(f, X) == 1
-  # The value itself is not asked for.
+  # The value itself is dead code.
   assert _products(jax.grad(lambda x: f(x).sum()), X) == 3
 
 
@@ -77,22 +79,22 @@ def test_recomputation_is_counted_apart():
     return jnp.sum(jax.lax.scan(lambda c, w: (wrap(c, w), None), x, w2)[0])
 
   w2 = jax.ShapeDtypeStruct((2, D, D), jnp.float32)
-  block = lambda c, w: jnp.tanh(jnp.tanh(c @ w) @ w)  # two products a layer
+  block = lambda c, w: jnp.tanh(jnp.tanh(c @ w) @ w)  # two matmuls per layer
   plain, again = (
     flops.count(jax.grad(functools.partial(layers, wrap), 1), X, w2)
     for wrap in (block, jax.checkpoint(block))
   )
   assert (plain.products, plain.recomputed) == (12 * UNIT, 0)
   assert again.products - again.recomputed == plain.products
-  assert 2 * UNIT <= again.recomputed <= 4 * UNIT  # the last product of a block need not be formed
+  assert 2 * UNIT <= again.recomputed <= 4 * UNIT  # a block's last matmul is not needed
 
 
-@pytest.mark.parametrize("said", [False, True])
-def test_kernels_count_what_they_say_or_their_grid(said):
+@pytest.mark.parametrize("estimated", [False, True])
+def test_kernels_count_their_estimate_or_their_grid(estimated):
   def kernel(x, y):
     y[...] = x[...] @ x[...]
 
-  estimate = pl.CostEstimate(flops=123, bytes_accessed=1, transcendentals=0) if said else None
+  estimate = pl.CostEstimate(flops=123, bytes_accessed=1, transcendentals=0) if estimated else None
   call = pl.pallas_call(
     kernel,
     grid=(4,),
@@ -102,7 +104,7 @@ def test_kernels_count_what_they_say_or_their_grid(said):
     cost_estimate=estimate,
   )
   counted = flops.count(call, jax.ShapeDtypeStruct((4 * D, D), jnp.float32))
-  assert counted.products == (123 if said else 4 * UNIT)
+  assert counted.products == (123 if estimated else 4 * UNIT)
 
 
 def test_shards_add_up():
@@ -133,16 +135,17 @@ def test_agrees_with_xla_on_a_program_without_loops():
 
 
 @pytest.mark.parametrize("T", [1, 3])
-def test_the_minimum_of_a_meta_step_is_what_the_program_forms(T):
-  """Attention in blocks of one query forms the visible pairs alone, so nothing is over."""
+def test_a_meta_step_computes_the_minimum(T):
+  """Attention in blocks of one query computes only the visible pairs, as the minimum assumes."""
   S, B, B_outer = 6, 4, 2
   config = _small(query_block=1)
-  rater = train.datarater.rater(dataclasses.replace(config, query_block=S))
+  rater = datarater.rater(dataclasses.replace(config, query_block=S))
   problem = meta_step.datarater_problem(transformer.language_model(config), rater)
-  optimizer = meta_step.inner_adamw()
+  optimizer, H = meta_step.inner_adamw(), meta_step.paper_meta_optimizer()
+  algorithm = meta_step.Algorithm(problem, optimizer, H, n_models=1, lifetime=T, mode="mixed")
   counted = flops.count(
     lambda eta, params, inner, outer: meta_step.meta_gradient(
-      eta, inner_loop.init(optimizer, params), inner, outer, problem, optimizer, "mixed"
+      algorithm, eta, inner_loop.init(optimizer, params), inner, outer
     ),
     jax.eval_shape(rater.init, jax.random.key(0)),
     jax.eval_shape(problem.init_inner, jax.random.key(0)),
@@ -213,14 +216,14 @@ def test_collectives_of_a_module_read_by_hand():
     "all-gather": (5, 5 * 8 * 4 * 2),
     "reduce-scatter": (5, 5 * 8 * 4 * 4),
   }
-  of_turn = 16 + 16 + 64  # the gather's start: its operand, both parts of its result
-  of_turn += 64 + 128  # to float32
-  of_turn += 128 + 32  # the fusion
-  of_turn += 32  # the last result stays on the chip
-  assert traffic.bytes == 5 * of_turn and traffic.unknown_loops == 0
+  per_iteration = 16 + 16 + 64  # the gather's start: its operand, both parts of its result
+  per_iteration += 64 + 128  # to float32
+  per_iteration += 128 + 32  # the fusion
+  per_iteration += 32  # the last result stays on the chip
+  assert traffic.bytes == 5 * per_iteration and traffic.unknown_loops == 0
 
 
-def test_a_fusion_reads_what_it_slices_also_out_of_a_transpose():
+def test_a_fusion_reads_only_its_slices_even_through_a_transpose():
   text = """HloModule jit_f
 
 %fused (p: f32[8,4]) -> f32[1,8] {
@@ -254,17 +257,17 @@ def _compiled(**values):
   return plan.Compiled(**fields | values)
 
 
-PAPER = train.Config(**train.PRESETS["paper"])
+PAPER = Config(**PRESETS["paper"])
 
 
-def test_the_report_says_what_was_measured():
+def test_the_report_has_memory_traffic_flops_and_tokens():
   text = plan.report(PAPER, "v5e:1x2", 32_000, _compiled(), step_time=100.0)
   assert "arguments 1.00 GB + outputs 2.00 GB + temp 3.00 GB; peak 6.00 GB" in text
   assert "\nfits\n" in text and "DOES NOT FIT" not in text
   assert "all-gather             2.00 GB in 4" in text
   least = plan.minimum(PAPER, 32_000)
   needed = 8 * (sum(least) - 2 * least.kept)
-  assert f"model FLOPs utilisation {needed / (2 * 197e12 * 100):.1%} at 100 s" in text
+  assert f"model FLOPs utilization {needed / (2 * 197e12 * 100):.1%} at 100 s" in text
   assert f"at least {1.2e12 / 819e9:.3g} s" in text
   assert f"{8000 * 8 * 2 * 128 * 2048:.4g} inner" in text
 
@@ -283,7 +286,7 @@ def test_the_minimum_of_the_paper_run_by_hand():
   assert least.rater == pytest.approx(6 * F_rater)
 
 
-def test_a_refusal_is_told():
+def test_a_refusal_of_the_compiler_is_reported():
   error = (  # libtpu 0.0.52
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
     "required for HLO temporaries (436.15G) exceeds available HBM (15.75G). HLO module: jit_f."
@@ -306,15 +309,24 @@ def test_alternatives_need_less_memory_and_divide_the_batch():
   assert changes == [{"mode": "mixed"}, {"mode": "mixed_offload"}]
 
 
-def test_chips_are_told_apart():
+def test_chips_are_found_by_name():
   assert targets.chip("v5p:4x4x4").memory == 95e9 and targets.chip("h100").platform == "cuda"
   with pytest.raises(UserError, match="--target=v9 is unknown"):
     targets.chip("v9")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_the_help_has_the_flags_of_the_planner_and_of_the_run(cache):
+  text = jobs.succeed("-m", cache, "planner", "--help")
+  assert "--target" in text and "--preset=paper" in text
+  assert text.index("--target") < text.index("--n_models") < text.index("--meta_warmup")
+
+
+def test_a_plan_without_a_target_is_one_line(cache):
+  refused = jobs.run("-m", cache, "planner")
+  jobs.assert_one_line_error(refused, "name what to plan for with --target")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_compilers_one_line_says_how_to_get_them(cache):
-  paper = "--preset=paper"
-  for words in (("plan.py", "--target=v5p:4x4x4"), ("train.py", "--plan=v5p:4x4x4")):
-    result = jobs.run(words[0], cache, paper, words[1])
-    jobs.assert_one_line_error(result, "make .venv-compile/ready")
+  refused = jobs.run("-m", cache, "planner", "--preset=paper", "--target=v5p:4x4x4")
+  jobs.assert_one_line_error(refused, "make .venv-compile/ready")

@@ -1,8 +1,8 @@
-"""Meta-steps on 8 devices against one: test_mesh runs this, `python sharded_meta_step.py PART`.
+"""Meta-steps on 8 devices against one: test_sharding.py runs `python sharded_meta_step.py PART`.
 
-Prints a line for each thing that holds.
+Prints a line for each property that holds.
 
-Axes: N inner models, T inner steps, B sequences, S tokens, M meta-steps a call.
+Axes: N inner models, T inner steps, B sequences, S tokens, K meta-steps of a call.
 """
 
 import functools
@@ -22,35 +22,35 @@ import meta_step
 import transformer
 from evaluation import pretrain
 from kernels import pallas_tpu
-from runtime import cli, sharding, workdir
+from runtime import cli, devices, sharding, workdir
 
-N, T, B, S, M, V, D = 8, 2, 8, 12, 3, 40, 16
+N, T, B, S, K, V, D = 8, 2, 8, 12, 3, 40, 16
 LARGE = 128  # all but norms and the head
-LIFETIME = 8  # two of the eight restart in every meta-step
+LIFETIME = 8  # two of the eight are re-initialized in every meta-step
 
 
 def setting(dtype, backend, smooth):
-  """How to initialise and step, and the batches.
+  """(init, algorithm, batches).
 
-  Adam divides by the size of the gradient, however small: with the usual epsilons it makes of
-  rounding in the 7th digit an error in the 3rd. smooth: with these it does not.
+  Adam divides by the size of the gradient, however small: with the usual epsilons it amplifies a
+  rounding error in the 7th digit to the 3rd. `smooth` epsilons avoid that.
   """
   attention = dict(attention_backend=backend) if backend.startswith("pallas") else {}
   config = transformer.TransformerConfig(V, D, 1, 2, 8, 24, dtype=dtype, **attention)
   rater, model = datarater.rater(config), transformer.language_model(config, backend)
-  if dtype == "float64":  # Haiku draws in float32, where shards may round another way
+  if dtype == "float64":  # Haiku draws in float32, and shards may round differently
     rater, model = (x._replace(init=functools.partial(uniform, x.init)) for x in (rater, model))
-  how = dict(
+  algorithm = meta_step.Algorithm(
     problem=meta_step.datarater_problem(model, rater),
     inner_optimizer=meta_step.inner_adamw(0.01, **dict(eps_root=1e-4) if smooth else {}),
     meta_optimizer=meta_step.paper_meta_optimizer(0.01, 1, **dict(eps=1e-2) if smooth else {}),
-    config=meta_step.MetaConfig(N, LIFETIME),
+    n_models=N,
+    lifetime=LIFETIME,
   )
 
   def init(key, probe):
-    eta = rater.init(key)
     move = lambda x: x + 0.1 * jax.random.uniform(key, x.shape, x.dtype)  # the head starts at 0
-    return meta_step.init(key, jax.tree.map(move, eta), probe=probe, **how)
+    return meta_step.init(algorithm, key, jax.tree.map(move, rater.init(key)), probe)
 
   rng = np.random.default_rng(0)
 
@@ -59,7 +59,7 @@ def setting(dtype, backend, smooth):
     segments = np.sort(rng.integers(1, 3, size=(*axes, S), dtype=np.int32))
     return transformer.Batch(tokens, segments)
 
-  return init, how, (batch(M, N, T, B), batch(M, N, B), batch(B))
+  return init, algorithm, (batch(K, N, T, B), batch(K, N, B), batch(B))
 
 
 def uniform(init, key):
@@ -69,35 +69,35 @@ def uniform(init, key):
 
 @functools.cache
 def compiled(shape, dtype, backend, smooth):
-  """(initial state, the program, its placed batches) on a sharding."""
-  devices = over(*shape)
-  init, how, batches = setting(dtype, backend, smooth)
+  """(initial state, compiled program, its batches) on a mesh of `shape`."""
+  mesh = over(*shape)
+  init, algorithm, batches = setting(dtype, backend, smooth)
   axes = (None, "population", None, "data"), (None, "population", "data"), ("data",)
   key = jax.random.PRNGKey(0)
   placed = [
-    sharding.place(x, sharding.sharding(devices, *a), x.tokens.shape)
+    sharding.from_host_slices(x, sharding.named(mesh, *a), x.tokens.shape)
     for x, a in zip(batches, axes, strict=True)
   ]
-  with sharding.use(devices):
+  with sharding.use_mesh(mesh):
     shapes = jax.eval_shape(init, key, batches[2])
-    shardings = sharding.state_shardings(devices, shapes, LARGE)
+    shardings = sharding.state_shardings(mesh, shapes, LARGE)
     state = jax.jit(init, out_shardings=shardings)(key, placed[2])
-    step = functools.partial(meta_step.meta_steps, **how)
-    out = shardings and (shardings, sharding.sharding(devices))
+    step = functools.partial(meta_step.meta_steps, algorithm)
+    out = shardings and (shardings, sharding.named(mesh))
     return state, jax.jit(step, out_shardings=out).lower(state, *placed).compile(), placed
 
 
 def two_calls(shape, dtype="float32", backend="xla", smooth=True):
-  """What two calls of M meta-steps return, and their program."""
+  """Results of two calls of K meta-steps, and their program."""
   state, step, batches = compiled(shape, dtype, backend, smooth)
   first, metrics = step(state, *batches)
   second, _ = step(first, *batches)
-  assert second.age.min() < T * M  # some of them restarted
+  assert second.members.age.min() < T * K  # some were re-initialized
   return (state, first, second, metrics), step
 
 
 def over(population, data):
-  return sharding.make_mesh(
+  return devices.make_mesh(
     f"population={population},data={data}", N, jax.devices()[: population * data]
   )
 
@@ -111,10 +111,10 @@ def float32():
   check_collectives(step.as_text())
   print("gathers at most a parameter of a member")
   state = actual[2]
-  theta = state.inner.params["transformer"]["embedding"]
+  theta = state.members.inner.params["transformer"]["embedding"]
   assert theta.addressable_shards[0].data.shape == (N // 2, V // 4, D)
   check_checkpoint(state)
-  print("a checkpoint of 2 4 goes on on 8 1 and on one device")
+  print("a checkpoint of 2 4 resumes on 8 1 and on one device")
 
 
 def check_collectives(text):
@@ -152,7 +152,7 @@ def check_checkpoint(state):
 
 
 def float64():
-  """With the optimisers of a run: differences are rounding, or they would not be this small."""
+  """With a run's own optimizers: the differences are rounding, or they would be larger."""
   jax.config.update("jax_enable_x64", True)
   expected, _ = two_calls((1, 1), "float64", smooth=False)
   actual, _ = two_calls((2, 4), "float64", smooth=False)
@@ -169,12 +169,12 @@ def kernels():
 
 
 def layout():
-  default = lambda n_models: tuple(sharding.make_mesh(None, n_models).shape.values())
+  default = lambda n_models: tuple(devices.make_mesh(None, n_models).shape.values())
   assert [default(n) for n in (8, 6, 4, 5, 16)] == [(8, 1), (2, 4), (4, 2), (1, 8), (8, 1)]
-  assert tuple(sharding.make_mesh("data=4", 4).shape.items()) == (("population", 2), ("data", 4))
-  assert tuple(sharding.make_mesh("population=2", 4).shape.values()) == (2, 4)
-  assert sharding.make_mesh("population=1,data=3", 4).size == 3  # of the eight
-  for spec, n_models, mend in (
+  assert tuple(devices.make_mesh("data=4", 4).shape.items()) == (("population", 2), ("data", 4))
+  assert tuple(devices.make_mesh("population=2", 4).shape.values()) == (2, 4)
+  assert devices.make_mesh("population=1,data=3", 4).size == 3  # of the eight
+  for spec, n_models, fix in (
     ("population=4,data=4", 4, "takes 16 devices, 8 are visible"),
     ("data=9", 4, "takes 9 devices"),
     ("population=8", 4, "does not divide --n_models=4"),
@@ -184,58 +184,58 @@ def layout():
     ("data=4,data=2", 4, "write it like"),
   ):
     try:
-      raise AssertionError(f"{spec} gave {sharding.make_mesh(spec, n_models)}")
+      raise AssertionError(f"{spec} gave {devices.make_mesh(spec, n_models)}")
     except cli.UserError as error:
-      assert mend in str(error) and "\n" not in str(error), error
-  assert tuple(sharding.make_data_mesh(None).shape.values()) == (1, 8)
+      assert fix in str(error) and "\n" not in str(error), error
+  assert tuple(devices.make_data_mesh(None).shape.values()) == (1, 8)
   try:
-    raise AssertionError(sharding.make_data_mesh("population=2"))
+    raise AssertionError(devices.make_data_mesh("population=2"))
   except cli.UserError as error:
     assert "write it like data=4" in str(error)
   print("meshes")
 
   two_by_four = over(2, 4)
-  x, inner = (
-    np.arange(2 * 8 * 3).reshape(2, 8, 3),
-    sharding.sharding(two_by_four, "population", "data"),
-  )
-  assert sharding.part_of_host(inner, x.shape) == np.s_[0:2, 0:8, 0:3]
-  placed = sharding.place(x, inner, x.shape)
+  x = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+  both = sharding.named(two_by_four, "population", "data")
+  assert sharding.host_slice(both, x.shape) == np.s_[0:2, 0:8, 0:3]
+  placed = sharding.from_host_slices(x, both, x.shape)
   assert np.array_equal(placed, x) and placed.addressable_shards[0].data.shape == (1, 2, 3)
 
   shape = lambda *axes: jax.ShapeDtypeStruct(axes, np.float32)
   theta = dict(
     table=shape(8, 512, 128),  # V is the larger
-    layers=shape(8, 18, 128, 512),  # the layers are scanned over: not that axis
+    layers=shape(8, 18, 128, 512),  # the scanned axis of layers stays whole
     odd=shape(8, 513, 127),
     small=shape(8, 128),
   )
-  state = meta_step.MetaState(**{f: shape(8) for f in meta_step.MetaState._fields})
-  state = state._replace(eta=dict(w=shape(512, 1024)), inner=theta, key=shape(2), step=shape())
+  members = meta_step.Member(theta, *[shape(8)] * 4)
+  state = meta_step.MetaState(dict(w=shape(512, 1024)), members, shape(), shape(2), shape(8))
   where = jax.tree.map(lambda s: s.spec, sharding.state_shardings(two_by_four, state))
   spec = jax.sharding.PartitionSpec
-  assert where.inner == dict(
+  assert where.members.inner == dict(
     table=spec("population", "data", None),
     layers=spec("population", None, None, "data"),
     odd=spec("population", None, None),
     small=spec("population", None),
   )
-  assert where.eta == dict(w=spec(None, "data")) and where.age == spec("population")
+  assert where.eta == dict(w=spec(None, "data")) and where.members.age == spec("population")
   assert where.key == where.step == where.probe_scores == spec()
   language_model = pretrain.LMState(dict(w=shape(512, 1024)), dict(mu=shape(512, 1024)), shape())
   where = jax.tree.map(lambda s: s.spec, sharding.state_shardings(two_by_four, language_model))
   assert where == pretrain.LMState(dict(w=spec(None, "data")), dict(mu=spec(None, "data")), spec())
-  with sharding.use(two_by_four):
-    spread = sharding.put((x, np.arange(8), np.arange(7)), "data")
-    kept = jax.jit(sharding.keep)(jax.tree.map(lambda s: np.ones(s.shape, s.dtype), language_model))
-    whole = jax.jit(lambda x: sharding.whole(2 * x))(spread[1])
+  with sharding.use_mesh(two_by_four):
+    spread = sharding.shard((x, np.arange(8), np.arange(7)), "data")
+    kept = jax.jit(sharding.constrain_state)(
+      jax.tree.map(lambda s: np.ones(s.shape, s.dtype), language_model)
+    )
+    whole = jax.jit(lambda x: sharding.replicate(2 * x))(spread[1])
   assert [a.sharding.spec for a in spread] == [spec(None), spec("data"), spec(None)]
   assert all(
     np.array_equal(a, b) for a, b in zip(spread, (x, np.arange(8), np.arange(7)), strict=True)
   )
   assert jax.tree.map(lambda a: a.sharding.spec, kept) == where
   assert whole.sharding.is_fully_replicated and np.array_equal(whole, 2 * np.arange(8))
-  assert sharding.put(x, "data") is x
+  assert sharding.shard(x, "data") is x
   print("shardings")
 
 

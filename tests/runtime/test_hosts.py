@@ -1,4 +1,4 @@
-"""hosts.py: two processes on loopback are one run, and none waits for the dead."""
+"""Several hosts: two processes on loopback are one run, and neither waits for a dead one."""
 
 import json
 import os
@@ -28,7 +28,7 @@ FLAGS = (
 
 @pytest.fixture
 def start(corpus, cache, tmp_path):
-  """(name of the workdir, flags) -> a process of train.py or `script`; none outlives the test."""
+  """(name of the workdir, flags) -> a process of train.py or `script`, killed after the test."""
   started = []
 
   def of(workdir, *flags, script="train.py"):
@@ -57,7 +57,7 @@ def start_hosts(start, workdir, *flags, **script):
 
 
 def finish(processes):
-  """What they print, which must end well."""
+  """The leader's output; all must succeed."""
   said = [process.communicate(timeout=600) for process in processes]
   for process, (_, errors) in zip(processes, said, strict=True):
     assert process.returncode == 0, errors
@@ -65,7 +65,7 @@ def finish(processes):
     "\n".join(line for line in output.splitlines() if not line.startswith("[Gloo]"))
     for output, _ in said
   ]
-  assert not any(outputs[1:])  # the leader speaks
+  assert not any(outputs[1:])  # only the leader prints
   return outputs[0]
 
 
@@ -162,7 +162,7 @@ def contents(folder):
 
 
 def write_texts(path, count, bad=(), odd=()):
-  """--data= of documents, of which some are not JSON and others hold a text instead of a number."""
+  """A --data= flag. Lines `bad` are not JSON; lines `odd` hold a text instead of a number."""
   rng = np.random.default_rng(0)
   words = "the rater scores each text and the inner models learn from what it likes best".split()
   texts = [f"{i} " + " ".join(rng.choice(words, rng.integers(1, 40))) for i in range(count)]
@@ -191,11 +191,11 @@ def test_two_hosts_curate_to_the_bytes_of_one_whatever_happens(start, small_rate
     both[dies].send_signal(signal.SIGKILL)
     assert_ends_by_itself(both[1 - dies])
     both[dies].communicate()
-  (two / "scores" / "00003.npz").unlink()  # a gap, were there none
+  (two / "scores" / "00003.npz").unlink()  # leaves a gap
   for files, n, asked in (("scores/*.npz", 2, 1), ("scores/*.npz", 1, 0), ("part-*", 2, 0)):
     of_run = running(files, n)
     of_run[asked].send_signal(signal.SIGTERM)  # one is asked, all stop
-    assert "stopped: start again to go on" in finish(of_run)
+    assert "stopped: start again to resume" in finish(of_run)
     assert count(files) < 500
   parts = {int(path.stem.removeprefix("part-")) for path in two.glob("part-*")}
   assert max(parts) > len(parts)  # of both hosts, with a gap between
@@ -224,7 +224,7 @@ def test_two_hosts_of_two_devices_curate_what_one_does(start, small_rater, tmp_p
   "wrong, by, message",
   [
     (dict(bad=range(500, 1000)), (0, 1), "500 of 1000 records are unusable"),
-    (dict(odd=[5]), (0,), "have fields of two kinds"),  # seen by the host whose shard it is
+    (dict(odd=[5]), (0,), "have fields of two kinds"),  # seen by the host that scores this shard
     (dict(odd=[105]), (1,), "have fields of two kinds"),
   ],
 )
@@ -271,10 +271,10 @@ def assert_ends_by_itself(host):
 )
 def test_flags_that_do_not_fit(wrong, message):
   with pytest.raises(cli.UserError, match=message):
-    hosts.start(*wrong)
+    hosts.start(hosts.Hosts(*wrong))
 
 
-def test_no_cluster_to_be_found_is_one_line(start):
+def test_a_missing_cluster_is_one_line(start):
   process = start("never", "--coordinator=auto")
   _, errors = process.communicate(timeout=60)
   jobs.assert_one_line_error(

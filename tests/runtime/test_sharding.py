@@ -1,29 +1,28 @@
-"""mesh.py: on 8 devices, which this process does not have: in processes of their own."""
+"""Sharding and meshes, in processes that see 8 CPU devices."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jobs
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parent
+TESTS = jobs.ROOT / "tests"
 
 
 def holds(part):
-  """What that part of sharded_meta_step.py prints, on eight CPU devices."""
+  """The lines that this part of sharded_meta_step.py prints on eight CPU devices."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-  environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)}
-  command = [sys.executable, str(HERE / "sharded_meta_step.py"), part]
+  environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{jobs.ROOT}{os.pathsep}{TESTS}"}
+  command = [sys.executable, str(TESTS / "runtime" / "sharded_meta_step.py"), part]
   run = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert run.returncode == 0, run.stderr[-3000:]
   return run.stdout.splitlines()
 
 
-def test_which_mesh_and_which_shardings():
+def test_meshes_and_shardings():
   assert holds("layout") == ["meshes", "shardings"]
 
 
@@ -33,11 +32,11 @@ def test_meta_steps_are_the_same_on_any_mesh_and_gather_only_parameters():
     "same numbers on 8 1",
     "same numbers on 2 4",
     "gathers at most a parameter of a member",
-    "a checkpoint of 2 4 goes on on 8 1 and on one device",
+    "a checkpoint of 2 4 resumes on 8 1 and on one device",
   ]
 
 
-def test_with_the_optimisers_of_a_run_only_rounding_differs():
+def test_with_the_optimizers_of_a_run_only_rounding_differs():
   assert holds("float64") == ["the same to 7 digits in float64"]
 
 
@@ -91,7 +90,7 @@ def test_evaluation_on_four_devices_is_that_of_one(on_devices, small_rater, cach
     for a, b in zip(one[name], four[name], strict=True):
       assert a["nll"] == pytest.approx(b["nll"], rel=1e-4)
   losses = [run[-1]["nll"]["validation"] for run in one.values()]
-  assert len({round(x, 3) for x in losses}) == 4  # or the comparison would show nothing
+  assert len({round(x, 3) for x in losses}) == 4  # the four runs differ from each other
   refused = jobs.run(
     "evaluate.py", cache, *flags[:-1], "--batch=6", f"--workdir={tmp_path / 'never'}"
   )

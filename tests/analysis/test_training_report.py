@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import report
 import tqdm
-import workdir as run_folder
 from matplotlib.text import Text
+
+import train
+from analysis import training_report
+from runtime.workdir import Metrics
 
 OKABE_ITO = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
 
@@ -32,13 +34,13 @@ def write(tmp_path, monkeypatch):
       figure.draw_without_rendering()
       figures[path.name] = figure
 
-    monkeypatch.setattr(report, "save_figure", keep)
-    summary = report.write(tmp_path, documents, {"steps_per_call": 2})
+    monkeypatch.setattr(training_report, "save_figure", keep)
+    summary = training_report.write(tmp_path, documents, {"steps_per_call": 2})
     assert (tmp_path / "summary.txt").read_text() == summary + "\n"
     return summary, json.loads((tmp_path / "results.json").read_text()), figures
 
   yield run
-  report.plt.close("all")
+  training_report.plt.close("all")
 
 
 def metrics(ages, correlations=None):
@@ -63,7 +65,8 @@ SCORE = np.array([2.0, 4, 3, 3] + [-5.0, -7] * 8 + [1.0] * 10 + [4.0, 6] * 5)
 def test_sources_are_ranked_by_their_clean_documents(write):
   pooled = {name: SCORE[SOURCE == name].mean() for name in set(SOURCE)}
   assert pooled["always"] > pooled["never"] > pooled["often"]  # the opposite order
-  assert [s.name for s in report.rank_sources(SCORE, NOISE, SOURCE)] == ["often", "never", "always"]
+  ranked = training_report.rank_sources(SCORE, NOISE, SOURCE)
+  assert [s.name for s in ranked] == ["often", "never", "always"]
   summary, results, figures = write({0: SCORE}, NOISE, SOURCE)
   assert results["score_by_source"] == {"often": 3, "never": 1, "always": 5}
   assert list(results["score_by_source"]) == ["often", "never", "always"]
@@ -123,7 +126,7 @@ def test_panels_state_both_correlations_and_no_line_runs_below_zero(write):
   noise = np.tile([0, 0.1, 0.3, 0.6, 0.9], 40)
   steep = -12 * noise + rng.normal(0, 0.1, 200)
   figure = write({0: np.zeros(200), 30: steep}, noise, ["a"] * 200)[2]["noise_vs_weight.png"]
-  fit = report.weight_fit(steep, noise, None)
+  fit = training_report.weight_fit(steep, noise, None)
   assert fit["intercept"] + fit["slope"] * 0.9 < 0  # it would, without the cut
   titles = [axis.get_title() for axis in figure.axes]
   assert titles[0].endswith("R² 0.000, Spearman undefined")
@@ -132,7 +135,7 @@ def test_panels_state_both_correlations_and_no_line_runs_below_zero(write):
   for axis in figure.axes:
     (line,) = axis.get_lines()
     assert np.min(line.get_ydata()) >= 0
-  x, y = report.fitted_line(fit)
+  x, y = training_report.fitted_line(fit)
   assert y[1] == 0 and x[1] == pytest.approx(-fit["intercept"] / fit["slope"]) and x[1] < 0.9
   np.testing.assert_allclose((y[0], x[0]), (fit["intercept"] + fit["slope"] * 0.1, 0.1))
 
@@ -151,7 +154,7 @@ AGES = [[2, 2], [4, 2], [2, 4], [4, 2], [2, 2]]
 
 def test_reinitializations_are_found_and_marked_on_each_inner_models_curve(write):
   rows = metrics(AGES)
-  marks = {member: new.tolist() for member, new in report.restarts(rows).items()}
+  marks = {member: new.tolist() for member, new in training_report.restarts(rows).items()}
   assert marks == {0: [False, False, True, False, True], 1: [False, True, False, True, True]}
   figure = write({0: [1.0]}, [np.nan], ["a"], rows)[2]["losses.png"]
   lines = figure.axes[0].get_lines()
@@ -169,9 +172,9 @@ def test_members_that_are_drawn_now_and_then_keep_their_own_steps():
   rows = metrics([[2, 2], [4, 4], [2, 2]])
   for name in ("member", "age", "outer_loss"):
     rows[1][name] = rows[1][name][1:]
-  steps, losses = report.by_member(rows, "outer_loss")[0]
+  steps, losses = training_report.by_member(rows, "outer_loss")[0]
   assert steps.tolist() == [1, 3] and losses.tolist() == [1, 3]
-  assert report.restarts(rows)[0].tolist() == [False, True]
+  assert training_report.restarts(rows)[0].tolist() == [False, True]
 
 
 def test_more_inner_models_than_lines_are_counted_in_the_legends(write):
@@ -198,11 +201,11 @@ def test_without_earlier_scores_there_is_no_autocorrelation(write):
 
 
 def test_metrics_leave_out_the_correlation_with_scores_that_were_all_equal(tmp_path):
-  file = run_folder.Metrics(tmp_path / "metrics.jsonl", 0)
+  file = Metrics(tmp_path / "metrics.jsonl", 0)
   for last_step, std, correlation in ((2, [[0, 0], [0.1, 0.1]], 0.0), (4, [[0, 0.1], [1, 1]], 0.5)):
     call = {"outer_loss": np.ones((2, 2)), "score_std": np.array(std), "skipped": np.zeros((2, 2))}
     call |= {"effective_sample_size": np.ones((2, 2)), "score_autocorrelation": correlation}
-    file.write(last_step, call, tqdm.tqdm(disable=True))
+    train.write_metrics(file, last_step, call, tqdm.tqdm(disable=True))
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
   assert [row.get("score_autocorrelation") for row in rows] == [None, None, None, 0.5]
@@ -234,4 +237,4 @@ def assert_legends_cover_no_data(figure):
 
 
 def test_box_colors_are_told_apart_by_color_blind_readers():
-  assert {report.BLUE, report.RED} < set(OKABE_ITO)
+  assert {training_report.BLUE, training_report.RED} < set(OKABE_ITO)
