@@ -1,4 +1,4 @@
-"""What a trained rater likes: its scores by source and against simple heuristics, as one HTML page.
+"""Analyzes a trained rater: its scores by source and against simple heuristics, as one HTML page.
 
   python analyse.py --rater=runs/demo --output=runs/demo/analysis              # validation split
   python analyse.py --rater=runs/demo --output=runs/other --data='texts/*.jsonl'
@@ -7,9 +7,9 @@ Score distributions and the mixture implied by discarding the lowest (the paper'
 rated lowest and highest (Fig. 8), and how far the heuristics of Table 1 explain the scores: Pearson
 correlations, OLS and Lasso (Figs. 14, 15).
 
-The unit is what the rater was trained to rate. A run of --packing=document: a document, its score
-the mean over its pieces. A run of --packing=pack: a packed sequence of the validation split, the
-text of its documents joined by newlines. With --data always a document.
+The unit is the one that the rater was trained on. After --packing=document: a document, its score
+the mean over its pieces. After --packing=pack: a packed sequence of the validation split, its
+documents joined by newlines. With --data always a document.
 
 Writes report.html, analysis.json (all numbers) and scores.jsonl (a line per unit).
 """
@@ -34,10 +34,12 @@ from runtime.files import write_text
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Flags that say where things lie."""
+  """Input and output folders."""
 
-  rater: str | None = option(None, "workdir of the run that trained the rater", section="Where")
-  output: str | None = option(None, "folder of the report")
+  rater: str | None = option(
+    None, "workdir of the run that trained the rater (required)", section="Where"
+  )
+  output: str | None = option(None, "folder of the report (required)")
   cache_dir: str = option(".cache", "folder of the tokenized corpora")
 
 

@@ -16,6 +16,9 @@ from runtime import devices
 from runtime.cli import check, option
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(DataConfig):
   """All that determines a run's result. Every field is a flag; a preset changes some defaults."""
@@ -24,25 +27,17 @@ class Config(DataConfig):
     "tiny", "size of the inner models theta", choices=transformer.PRESETS, section="Models"
   )
   rater: str = option("tiny", "size of the rater eta", choices=transformer.PRESETS)
-  dtype: str = option(
-    "float32", "of activations and matmul inputs", choices=("float32", "bfloat16")
-  )
+  dtype: str = option("float32", "of activations and matmul inputs", choices=DTYPES)
   loss_backend: str = option("xla", "kernels of the fused loss", choices=BACKENDS)
   attention_backend: str = option("xla", "kernels of attention", choices=transformer.ATTENTION)
 
   meta_steps: int = option(80, "K, updates of the rater", at_least=1, section="Algorithm 1")
   n_models: int = option(4, "N_models, inner models", at_least=1)
-  inner_steps: int = option(
-    2, "T, inner updates per meta-step, all differentiated through", at_least=1
-  )
+  inner_steps: int = option(2, "T, inner updates differentiated per meta-step", at_least=1)
   inner_batch: int = option(16, "N_inner, sequences of an inner batch", at_least=1)
   outer_batch: int = option(32, "N_outer, sequences of an outer batch", at_least=1)
-  lifetime: int = option(
-    200, "inner updates between re-initializations of an inner model", at_least=1
-  )
-  members_per_step: int | None = option(
-    None, "inner models drawn for each meta-step; default all", at_least=1
-  )
+  lifetime: int = option(200, "inner updates between re-initializations of a member", at_least=1)
+  members_per_step: int | None = option(None, "members drawn per meta-step, not all", at_least=1)
   mode: str = option(
     "mixed_save",
     "how the meta-gradient is computed: mixed saves memory, mixed_offload more (saved arrays wait "
@@ -55,9 +50,7 @@ class Config(DataConfig):
     "matmuls; default block from 50m on, none below",
     choices=transformer.REMAT,
   )
-  microbatches: int = option(
-    1, "parts that a batch is computed in: less memory, the same result", at_least=1
-  )
+  microbatches: int = option(1, "parts of a batch: less memory, the same result", at_least=1)
   inner_learning_rate: float = option(3e-3, "of Theta, AdamW", at_least=0)
   inner_warmup: int = option(0, "inner updates of linear warm-up per re-initialization", at_least=0)
   inner_weight_decay: float = option(0.0, "of Theta, decoupled", at_least=0)
@@ -70,25 +63,20 @@ class Config(DataConfig):
     10, "meta-steps in one compiled call and between log lines", at_least=1, section="The run"
   )
   checkpoint_every: int = option(20, "meta-steps between checkpoints", at_least=1)
-  report_documents: int = option(
-    1000, "validation documents scored for the report, at most", at_least=1
-  )
+  report_documents: int = option(1000, "validation documents scored, at most", at_least=1)
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("inner_batch", "outer_batch"):
-      check(
-        getattr(self, name) % self.microbatches == 0,
-        f"--{name}={getattr(self, name)} must be a multiple of --microbatches={self.microbatches}",
-      )
+    for name, of in (
+      ("inner_batch", "microbatches"),
+      ("outer_batch", "microbatches"),
+      ("meta_steps", "steps_per_call"),
+      ("checkpoint_every", "steps_per_call"),
+    ):
+      value, unit = getattr(self, name), getattr(self, of)
+      check(value % unit == 0, f"--{name}={value} must be a multiple of --{of}={unit}")
     m, n = self.members_per_step, self.n_models
     check(m is None or m <= n, f"--members_per_step={m} must be at most --n_models={n}")
-    for name in ("meta_steps", "checkpoint_every"):
-      check(
-        getattr(self, name) % self.steps_per_call == 0,
-        f"--{name}={getattr(self, name)} must be a multiple of "
-        f"--steps_per_call={self.steps_per_call}",
-      )
     check(
       self.lifetime >= self.inner_steps,
       f"--lifetime={self.lifetime} is shorter than one window of --inner_steps={self.inner_steps}",

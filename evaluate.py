@@ -1,18 +1,19 @@
-"""Trains language models on what each selection policy keeps of a corpus, and compares them.
+"""Trains language models on the text that each selection policy keeps, and compares them.
 
   python evaluate.py --workdir=runs/eval --rater=runs/demo --discard=0.5
   python evaluate.py --workdir=runs/eval --rater=runs/demo --sweep_discard=0.1,0.25,0.5,0.75,0.9
   python evaluate.py --workdir=runs/paper --rater=runs/paper-rater --models=50m,150m,400m --dry_run
 
-Data, tokenizer and splits are the rater's, so nothing that is reported has been seen by the rater
-or its inner models. Like for like: all policies start from the same parameters, see as many tokens
-and follow the same schedule. Started again, a run resumes; with the same --jobs and --mesh the
-result is bit-identical (otherwise rounding differs). The workdir holds runs/ (a folder for each
-model: curve.jsonl, checkpoints/), scores/, and at the end table.md, results.json and figures.
+Data, tokenizer and splits are the rater's, so neither the rater nor its inner models have seen the
+documents of the results. All policies start from the same parameters, see the same number of
+tokens and follow the same schedule. A run that is started again resumes; with the same --jobs and
+--mesh the result is bit-identical (with others, rounding differs). The workdir holds runs/ (a
+folder per model: curve.jsonl, checkpoints/), scores/, and at the end table.md, results.json and
+figures.
 
-The validation split is halved by a hash of the documents' texts: `selection` chooses rho,
-`validation` is reported. Where noise levels are known (the demo), both hold only clean documents,
-and the noisy ones of the second half are reported as `validation_noisy`.
+A hash of the texts halves the validation split: `selection` chooses rho, `validation` is reported.
+Where noise levels are known (the demo), both hold only clean documents, and `validation_noisy` has
+the noisy documents of the second half.
 """
 
 import dataclasses
@@ -32,17 +33,17 @@ from runtime.workers import Workers
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Flags that say where an evaluation takes place."""
+  """Flags that do not change the results."""
 
   workdir: str | None = option(
-    None, "folder of the evaluation; an existing one is resumed", section="Where"
+    None, "folder of the evaluation (required); an existing one is resumed", section="Where"
   )
   cache_dir: str = option(".cache", "folder of the tokenized corpora")
   jobs: int = option(
-    1, "models trained at a time, each on a core of its own (CPUs only)", at_least=1
+    1, "models trained at the same time, each on its own core (CPUs only)", at_least=1
   )
-  mesh: str | None = option(None, "data=N: devices that share each batch; default all")
-  dry_run: bool = option(False, "print what would be trained, with its FLOPs")
+  mesh: str | None = option(None, "data=N, the devices that share each batch; default all")
+  dry_run: bool = option(False, "print the runs and their FLOPs, and stop")
   __post_init__ = cli.check_fields
 
 
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def make_mesh(config: Config, spec: str | None, jobs: int) -> jax.sharding.Mesh:
-  """All devices share each batch; with several jobs each has one device of its own."""
+  """All devices share each batch; with several jobs, each has its own device."""
   if jobs > 1:
     check(spec is None, f"--mesh={spec} shares a model among devices, --jobs={jobs} does not")
     return devices.make_data_mesh(None, jax.devices()[:1])
@@ -75,7 +76,7 @@ def make_mesh(config: Config, spec: str | None, jobs: int) -> jax.sharding.Mesh:
 
 
 def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> None:
-  """Trains all models of the plan that are not trained yet, and writes the comparison."""
+  """Trains the models of the plan that are not trained yet, and writes the comparison."""
   inputs = open_inputs(config, cache_dir)
   fingerprint = f"{inputs.corpus.fingerprint} {inputs.rater.fingerprint}"
   hosts.leader_first(lambda: open_workdir(workdir, config, fingerprint))

@@ -116,17 +116,13 @@ class Rows(NamedTuple):
   tokens: np.ndarray  # [B] int32: tokens of the piece
 
 
-def lengths(sequence_length: int) -> list[int]:
-  """The lengths that pieces are padded to: S/8, S/4, S/2 and S, rounded up."""
-  return sorted({-(-sequence_length // part) for part in (8, 4, 2, 1)})
-
-
 def make_rows(
   texts: list[str], tokenizer: Tokenizer, sequence_length: int, score_batch: int
 ) -> list[Rows]:
-  """All pieces of the texts, in batches of score_batch * S tokens: long pieces first, pieces of one
-  length in the order of the texts."""
-  buckets = {length: [] for length in lengths(sequence_length)}
+  """All pieces of the texts in batches of score_batch * S tokens, the longest first; pieces of one
+  length keep the order of the texts."""
+  lengths = sorted({-(-sequence_length // part) for part in (8, 4, 2, 1)})
+  buckets = {length: [] for length in lengths}
   for index, tokens in enumerate(tokenizer.encode(texts)):
     for piece in cut(tokens, sequence_length):
       length = next(length for length in buckets if len(piece) <= length)

@@ -1,4 +1,4 @@
-"""What explains the scores: sources, the mixture that discarding leaves, simple heuristics.
+"""Explains the scores: by source, by the mixture left after discarding, by simple heuristics.
 
 Axes: U units, F heuristics.
 """
@@ -17,7 +17,7 @@ from runtime.cli import check
 from selection import top_k_mask
 
 DISCARDS = tuple(i / 10 for i in range(10))
-ALPHA, FOLDS, REPEATS = 0.03, 10, 5  # of the paper's Lasso, on z-scores
+ALPHA, FOLDS, REPEATS = 0.03, 10, 5  # the paper's Lasso, on z-scores
 
 
 def analyse(units: Units, seed: int = 0) -> dict:
@@ -39,7 +39,7 @@ def by_source(
 ) -> dict[str, dict[str, float]]:
   """Count, mean and quantiles of each source's clean units, the best mean first.
 
-  A source without clean units comes last, with the numbers of its `corrupted` units.
+  Sources without clean units come last, with the numbers of their `corrupted` units.
   """
   table = {}
   for ranked in rank_sources(scores.astype(float), noise, source):
@@ -55,7 +55,7 @@ def by_source(
 def implied_mixture(
   scores: np.ndarray, source: np.ndarray, discards: tuple[float, ...]
 ) -> dict[str, list[float]]:
-  """Each source's share of the units that are left, at each discarded fraction (Fig. 7b)."""
+  """Each source's share of the remaining units, at each discarded fraction (Fig. 7b)."""
   kept = [np.asarray(top_k_mask(scores, discard)) for discard in discards]
   return {
     name: [float(np.mean(source[mask] == name)) for mask in kept]
@@ -64,14 +64,14 @@ def implied_mixture(
 
 
 def explain(features: np.ndarray, scores: np.ndarray, seed: int = 0) -> dict:
-  """Pearson r of each heuristic, OLS on all, cross-validated Lasso: of z-scores (Figs. 14, 15).
+  """Pearson r of each heuristic, OLS on all, cross-validated Lasso, on z-scores (Figs. 14, 15).
 
-  A heuristic that is the same for every unit is named in `constant` and takes no part. Where some
-  follow exactly from others (`rank` below their number), OLS takes the solution of least norm.
+  Heuristics that are equal for every unit are listed in `constant` and left out. Where some are
+  linear combinations of others (`rank` below `heuristics`), OLS takes the least-norm solution.
   """
   varies = np.ptp(features, axis=0) > 0
   names = [name for name, v in zip(NAMES, varies, strict=True) if v]
-  check(len(names) > 0, "every heuristic is the same for every unit: give more varied text")
+  check(len(names) > 0, "every heuristic is equal for every unit: give more varied text")
   x = StandardScaler().fit_transform(features[:, varies])
   y = (scores.astype(float) - scores.mean(dtype=float)) / scores.std(dtype=float)
   pearson = {}
@@ -80,7 +80,8 @@ def explain(features: np.ndarray, scores: np.ndarray, seed: int = 0) -> dict:
     low, high = result.confidence_interval(0.95)
     pearson[name] = {"r": float(result.statistic), "ci95": [float(low), float(high)]}
   ols = LinearRegression().fit(x, y)
-  lasso = Lasso(ALPHA).fit(x, y)
+  lasso = zip(names, Lasso(ALPHA).fit(x, y).coef_.tolist(), strict=True)
+  largest_first = sorted(lasso, key=lambda item: -abs(item[1]))
   folds = RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=seed)
   scaled = make_pipeline(StandardScaler(), Lasso(ALPHA))  # z-scores of the other folds
   held_out = cross_val_score(scaled, features[:, varies], y, cv=folds)
@@ -97,12 +98,6 @@ def explain(features: np.ndarray, scores: np.ndarray, seed: int = 0) -> dict:
       "alpha": ALPHA,
       "r2_mean": float(held_out.mean()),
       "r2_std": float(held_out.std()),
-      "coefficients": {
-        name: value
-        for name, value in sorted(
-          zip(names, lasso.coef_.tolist(), strict=True), key=lambda item: -abs(item[1])
-        )
-        if value
-      },
+      "coefficients": {name: value for name, value in largest_first if value},
     },
   }

@@ -1,7 +1,7 @@
 """The plots of analyse.py's report, as SVG elements in the colors of the page.
 
-Text stays text (searchable, in the browser's fonts). Text and lines are `currentColor`, so that
-light and dark pages both show them. The caller makes names from outside printable.
+Text stays text (searchable, in the browser's fonts). Text and lines are `currentColor`, so they
+show on light and dark pages. The caller makes names from outside printable.
 """
 
 import io
@@ -82,7 +82,7 @@ def mixture(discards: Sequence[float], shares: dict[str, np.ndarray]) -> Figure:
   axis.set_xlim(0, discards[-1])
   axis.set_ylim(0, 1)
   axis.set_xlabel("fraction discarded, the lowest scores first")
-  axis.set_ylabel("share of what is left")
+  axis.set_ylabel("share of the remaining units")
   return figure
 
 

@@ -1,30 +1,29 @@
 """The heuristics of the paper's Table 1 as pure functions of a text, for correlation with scores.
 
-The wording is Table 1's; where its regular expressions are lost in print, `MEANING` says what is
-taken here. The C4 checks follow the rules of DataTrove's `C4QualityFilter`
-(github.com/huggingface/datatrove, src/datatrove/pipeline/filters/c4_filters.py, commit 10c0046; the
-filter of release 0.10.1 keeps the same texts where it counts sentences as we do).
+The names are Table 1's; where its regular expressions are lost in print, `MEANING` has our reading.
+The C4 checks follow the rules of DataTrove's `C4QualityFilter` (release 0.10.1,
+github.com/huggingface/datatrove, src/datatrove/pipeline/filters/c4_filters.py).
 
-One departure: the C4 checks count sentences by a rule (`count_sentences`) in place of NLTK's Punkt,
+One departure: the C4 checks count sentences by a rule (`count_sentences`) instead of NLTK's Punkt,
 whose trained model no small package carries. On 1,500 documents of the demo corpus the two counts
-correlate 0.995, and `passes_all_c4_filters` is the same for 99%.
+correlate 0.995, and `passes_all_c4_filters` agrees for 99%.
 """
 
 import re
 
 MEANING = {
-  "packing_density": "tokens that are no padding, of all tokens of the sequence",
+  "packing_density": "tokens that are not padding, of all tokens of the sequence",
   "num_articles": "documents (or pieces of them) packed in the sequence",
   "text_length_cutoff": "characters",
   "word_count": "words, between white space",
   "sentence_count": "characters . ! and ?",
-  "empty_line_fraction": "newlines that end a line of no more than white space, of newlines",
+  "empty_line_fraction": "newlines that end a blank line, of newlines",
   "unique_characters": "different characters, of characters",
   "word_type_token_ratio": "different words, of words",
   "non_alphanumeric_fraction": r"characters that match \W (white space too), of characters",
   "uppercase_letters_fraction": "A to Z, of characters",
   "punctuation_fraction": r"characters that match [^\w\s], of characters",
-  "average_word_length": "characters that are no white space, a word",
+  "average_word_length": "characters per word",
   "numeric_fraction": "0 to 9, of characters",
   "5gram_repetition_fraction": "word 5-grams that repeat an earlier one, of word 5-grams",
   "c4_lorem_ipsum": "1 if it contains 'lorem ipsum'",
@@ -34,7 +33,7 @@ MEANING = {
   "c4_fraction_lines_fail_terminal_punct": "lines that end in ... or not in . ? ! \" ', of lines",
   "c4_fraction_lines_fail_min_words": "lines of fewer than 3 words, of lines",
   "c4_contains_policy_keyword": "1 if it contains a phrase such as 'privacy policy'",
-  "c4_sentence_count": "sentences (a rule for English in place of NLTK's Punkt)",
+  "c4_sentence_count": "sentences (by a rule for English instead of NLTK's Punkt)",
   "passes_all_c4_filters": "1 if the C4 filter keeps it: at least 5 sentences in good lines",
 }
 NAMES = tuple(MEANING)
@@ -46,9 +45,9 @@ LONG_WORD, MIN_WORDS, MIN_SENTENCES = 1000, 3, 5
 
 
 def heuristics(text: str, packing_density: float = 1.0, num_articles: int = 1) -> dict[str, float]:
-  """The features of Table 1, by name in its order; every one is finite for every string.
+  """The features of Table 1, by name in its order; finite for every string.
 
-  A ratio of nothing to nothing is 0. Lines of the C4 checks are `str.splitlines`, empty ones too.
+  0 / 0 counts as 0. The C4 checks split lines by `str.splitlines` and count empty ones.
   """
   words, lines, lower = text.split(), text.splitlines(), text.lower()
   letters, newlines = len(text), text.count("\n")
@@ -86,7 +85,7 @@ def passes_c4(text: str) -> bool:
 
   Line by line: a line is dropped for a long word, no terminal punctuation, too few words,
   'javascript' or a policy phrase; 'lorem ipsum' or a brace in a line that got past the first three
-  drops the text. What is left must have 5 sentences.
+  drops the text. The remaining lines must have 5 sentences.
   """
   sentences = 0
   for line in text.splitlines():
@@ -109,7 +108,7 @@ def ends_a_sentence(line: str) -> bool:
   return line.endswith((".", "?", "!", '"', "'")) and not line.endswith("...")
 
 
-# Marks, quotes or brackets that close, white space, and something more. Possessive: in linear time.
+# Marks, closing quotes or brackets, white space, more text. Possessive quantifiers: linear time.
 _BOUNDARY = re.compile(r"(?<![.!?])([.!?]++)[\"'’”»)\]}*_]*+\s++(?=\S)")
 _ABBREVIATIONS = frozenset(
   "mr mrs ms dr prof rev gen col capt lt sgt sen rep gov hon pres st mt jr sr vs etc cf al fig "
@@ -120,10 +119,10 @@ _ABBREVIATIONS = frozenset(
 
 
 def count_sentences(text: str) -> int:
-  """Sentences of an English text: 1 + the ends of sentences that are followed by more.
+  """Sentences of an English text: 1 + the ends of sentences before more text.
 
-  A full stop after an initial or a common abbreviation is no end, nor are two dots or more before
-  a small letter.
+  A full stop after an initial or a common abbreviation ends no sentence; nor do two or more dots
+  before a small letter.
   """
   text = text.strip()
   ends = 0

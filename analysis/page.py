@@ -1,18 +1,21 @@
 """The report of analyse.py as one HTML page: no scripts, no requests, light and dark.
 
-All text from outside passes `printable`, which names invisible characters and those that change
-the text's direction, and then `html.escape`.
+page.html is the template. All text from outside passes `printable`, which names characters that are
+invisible or change the text's direction, and then `html.escape`.
 """
 
 import html
 import re
+import string
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from analysis import figures, training_report
 from analysis.heuristics import MEANING
+from analysis.units import Units
 
 PAPER = {
   "data": "25,600 packed sequences of the Pile, rater of 50M with inner models of 150M",
@@ -29,50 +32,15 @@ PAPER = {
   },
 }
 MAX_SOURCES = 20  # groups in figures and tables; the smallest sources share one
-MAX_ROWS = 100  # of the noise table
+MAX_ROWS = 100  # noise table
 EXTREMES, MEDIANS, PER_SOURCE = 6, 4, 2  # documents shown
-SHOWN_CHARS, SHOWN_LINES, MAX_CHARS = 600, 12, 6000  # of a document: folded (two limits); unfolded
-
-_CSS = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6570; --line: #d5dae0;
-  --card: #f6f7f9; --accent: #2f6fb5; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e3e7ec; --faint: #9aa4b0;
-  --line: #343b44; --card: #1d2127; --accent: #7db4ee; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 58rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .8rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .4rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-p { margin: .4rem 0 .8rem; max-width: 46rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0 0 1rem; }
-dt, .faint { color: var(--faint); }
-dd { margin: 0; }
-code { font-size: .85em; }
-.wide { overflow-x: auto; margin: .6rem 0; }
-svg { display: block; width: 100%; min-width: 20rem; max-width: 42rem; height: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; overflow-wrap: normal; }
-th { font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
-td.left, th.left { text-align: left; white-space: normal; min-width: 14rem; }
-@media (max-width: 40rem) { td.left { white-space: nowrap; } }
-.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
-article { margin: .8rem 0; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card); overflow: hidden; contain: paint; }
-article header { padding: .3rem .7rem; border-bottom: 1px solid var(--line); font-size: .85rem; }
-pre { margin: 0; padding: .5rem .7rem; font: .8rem/1.45 ui-monospace, monospace; tab-size: 4;
-  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; overflow: hidden; }
-details pre { max-height: 40rem; overflow: auto; }
-body > details pre { max-height: 20rem; }
-summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }
-article summary { padding: .25rem .7rem; font-size: .85rem; }
-"""
+SHOWN_CHARS, SHOWN_LINES = 600, 12  # of a document before it is unfolded
+MAX_CHARS = 6000  # of a document that is unfolded
+_PAGE = string.Template(Path(__file__).with_name("page.html").read_text("utf-8"))
 
 
-def render(units, header: dict[str, str], results: dict) -> str:
-  """The page as a pure function of analyse.Units, the header and the results of analyse.analyse."""
+def render(units: Units, header: dict[str, str], results: dict) -> str:
+  """The page as a pure function of units.Units, the header and the results of explain.analyse."""
   group, order = _grouped(units.source)
   sections = [
     _head(header),
@@ -84,19 +52,12 @@ def render(units, header: dict[str, str], results: dict) -> str:
     _documents(units, group, order),
   ]
   title = f"What the rater likes: {_text(header['rater'])}"
-  return (
-    f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<style>{_CSS}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
-  )
+  return _PAGE.substitute(title=title, body="\n".join(sections))
 
 
 def printable(text: str) -> str:
-  """The text with <U+XXXX> for invisible characters.
-
-  These are controls (except newline and tab), zero-width characters, changes of text direction,
-  halves of surrogate pairs and noncharacters.
-  """
+  """The text with <U+XXXX> for controls (except newline and tab), zero-width characters, changes of
+  text direction, halves of surrogate pairs and noncharacters."""
   return re.sub(f"[{_HIDDEN}]", lambda match: f"<U+{ord(match[0]):04X}>", text)
 
 
@@ -117,8 +78,8 @@ def _text(text: str) -> str:
 
 
 def _grouped(source: np.ndarray) -> tuple[np.ndarray, list[str]]:
-  """The group [U] of each unit (its source, or one for all small sources) and the groups' names,
-  the most frequent source first."""
+  """(the group [U] of each unit: its source, or one group for all small sources; the groups' names,
+  the most frequent source first)."""
   counts = Counter(source.tolist())
   names = [name for name, _ in counts.most_common()]
   if len(names) <= MAX_SOURCES:
@@ -129,7 +90,7 @@ def _grouped(source: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def _folded(order: list[str], source: np.ndarray) -> str:
-  """A sentence on the sources that share a group, if any do."""
+  """A sentence about the sources that share a group, if any do."""
   count = len(set(source.tolist()))
   if count == len(order):
     return ""
@@ -167,7 +128,7 @@ def _numbers(results: dict) -> str:
   )
 
 
-def _distributions(units, group: np.ndarray, order: list[str]) -> str:
+def _distributions(units: Units, group: np.ndarray, order: list[str]) -> str:
   ranked = training_report.rank_sources(units.scores.astype(float), units.noise, group, np.median)
   scores = {
     _name(s.name) + ("" if len(s.clean) else " (corrupted)"): s.ranked for s in reversed(ranked)
@@ -180,7 +141,7 @@ def _distributions(units, group: np.ndarray, order: list[str]) -> str:
   )
 
 
-def _mixture(units, results: dict, order: list[str]) -> str:
+def _mixture(units: Units, results: dict, order: list[str]) -> str:
   discards, mixture = results["discards"], results["mixture"]
   shares = {name: np.array(mixture[name]) for name in order if name in mixture}
   for name in order:
@@ -194,8 +155,8 @@ def _mixture(units, results: dict, order: list[str]) -> str:
     for name in reversed(shares)
   ]
   return (
-    f"<h2>Implied mixture</h2>\n<p>Each source's share of the {results['kind']}s that are left "
-    "when the lowest-rated of all are discarded, corrupted ones included."
+    f"<h2>Implied mixture</h2>\n<p>Each source's share of the {results['kind']}s that remain when "
+    "the lowest-rated are discarded; corrupted ones count."
     f"{_folded(order, units.source)} As the paper's Fig. 7b.</p>"
     + _figure("implied mixture", "mixture", figures.mixture, discards, bands)
     + "<p>In percent, in the order of the bands:</p>"
@@ -203,7 +164,7 @@ def _mixture(units, results: dict, order: list[str]) -> str:
   )
 
 
-def _noise(units, results: dict) -> str:
+def _noise(units: Units, results: dict) -> str:
   table = results["noise"]
   if table is None:
     return ""
@@ -218,8 +179,7 @@ def _noise(units, results: dict) -> str:
   note = ""
   if len(rows) > MAX_ROWS:
     note = f"<p>The first {MAX_ROWS} of {len(rows)} sources; analysis.json lists each.</p>"
-  few = table["too_few_documents"]
-  if few:
+  if few := table["too_few_documents"]:
     more = f" and {len(few) - 40} more" if len(few) > 40 else ""
     note += f"<p>Too few to judge: {_text(', '.join(map(_name, few[:40])))}{more}.</p>"
   centered = units.scores.astype(float)
@@ -298,7 +258,7 @@ def _explained(results: dict) -> str:
   )
 
 
-def _documents(units, group: np.ndarray, order: list[str]) -> str:
+def _documents(units: Units, group: np.ndarray, order: list[str]) -> str:
   ranked = np.argsort(units.scores, kind="stable")
   rank = np.empty(len(ranked), int)
   rank[ranked] = np.arange(len(ranked))
@@ -316,15 +276,14 @@ def _documents(units, group: np.ndarray, order: list[str]) -> str:
     "<h3>Lowest and highest of each source</h3>",
   ]
   for name in sorted(order):
-    mine = ranked[group[ranked] == name]
-    picked = list(dict.fromkeys([*mine[:PER_SOURCE], *mine[-PER_SOURCE:]]))
-    parts.append(
-      f"<details><summary>{_text(_name(name))} ({len(mine)})</summary>\n{show(picked)}\n</details>"
-    )
+    members = ranked[group[ranked] == name]
+    picked = show(dict.fromkeys([*members[:PER_SOURCE], *members[-PER_SOURCE:]]))
+    title = f"{_text(_name(name))} ({len(members)})"
+    parts.append(f"<details><summary>{title}</summary>\n{picked}\n</details>")
   return "\n".join(parts)
 
 
-def _document(units, i: int, quantile: float) -> str:
+def _document(units: Units, i: int, quantile: float) -> str:
   text = units.texts[i]
   noise = f", noise {units.noise[i]:.2g}" if np.isfinite(units.noise[i]) else ""
   shown = "".join(text[:SHOWN_CHARS].splitlines(keepends=True)[:SHOWN_LINES])
@@ -344,7 +303,7 @@ def _document(units, i: int, quantile: float) -> str:
   )
 
 
-def _figure(*args) -> str:
+def _figure(*args) -> str:  # of figures.svg
   return f'\n<div class="wide">{figures.svg(*args)}</div>\n'
 
 

@@ -1,9 +1,9 @@
 """The report of a training run: summary.txt, results.json, validation_scores.jsonl and figures.
 
-All scores are of validation documents, which neither loop has seen. Where documents carry a known
-noise level (the demo, or a `noise` field in your data), noise and score are compared within each
-source, and sources are ranked by their clean documents: means over all documents would mix the
-worth of a source with its share of corrupted documents.
+Scores validation documents, which neither loop has seen. Where documents have a known noise level
+(the demo, or a `noise` field in your data), noise and score are compared within each source, and
+sources are ranked by their clean documents: a mean over all documents would depend on how many of
+them are corrupted.
 """
 
 import json
@@ -21,8 +21,8 @@ from runtime.figures import BLUE, RED, STYLE, save_figure, short
 from runtime.files import write_text
 
 PAPER_R2 = {0: 0.163, 10: 0.561, 30: 0.693, 70: 0.813}  # Fig. 3 of the paper
-MIN_DOCUMENTS = 8  # corrupted (and clean) documents that a source needs to be judged
-MAX_SOURCES = 40  # in scores_by_source.png
+MIN_DOCUMENTS = 8  # corrupted (and clean) documents of a source for which a statistic is reported
+MAX_SOURCES = 40  # scores_by_source.png
 MAX_MEMBERS = 10  # inner models in losses.png and in the legend of meta_gradients.png
 
 
@@ -30,12 +30,12 @@ class SourceScores(NamedTuple):
   """The scores of one source's documents."""
 
   name: str
-  clean: np.ndarray  # [n]: documents that are not known to be corrupted
+  clean: np.ndarray  # [n]: documents not known to be corrupted
   corrupted: np.ndarray  # [m]
 
   @property
   def ranked(self) -> np.ndarray:
-    """The scores that rank the source: of its clean documents, if it has any."""
+    """The scores that rank the source: its clean documents', if it has any."""
     return self.clean if len(self.clean) else self.corrupted
 
 
@@ -43,31 +43,30 @@ class SourceScores(NamedTuple):
 def write(workdir: Path, documents: list, config: dict) -> str:
   """Writes the summary, results.json, validation_scores.jsonl and figures; returns the summary."""
   scores = {int(p.stem): np.load(p) for p in (workdir / "scores").glob("*.npy")}
-  scores = dict(sorted(scores.items()))
+  scores = dict(sorted(scores.items()))  # by meta-step
   metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   last = scores[max(scores)]
   noise = np.array([d.noise for d in documents], float)
   source = np.array([d.source for d in documents])
 
   results = {"meta_steps": max(scores), "documents": len(documents)}
-  lines = [
-    f"DataRater after {max(scores)} meta-steps, judged on {len(documents)} held-out documents"
-  ]
+  lines = [f"DataRater after {max(scores)} meta-steps, on {len(documents)} held-out documents"]
   if metrics:
     final = metrics[-1]
     outer_loss, skipped = np.mean(final["outer_loss"]), sum(np.sum(m["skipped"]) for m in metrics)
     results |= {"outer_loss": float(outer_loss), "skipped_meta_gradients": int(skipped)}
     compared = "no earlier scores to compare with"
     if "score_autocorrelation" in final:
-      results["score_autocorrelation"] = final["score_autocorrelation"]
-      earlier = f"those {config['steps_per_call']} meta-steps earlier"
-      compared = f"scores correlate {final['score_autocorrelation']:.3f} with {earlier}"
+      results["score_autocorrelation"] = r = final["score_autocorrelation"]
+      compared = (
+        f"scores correlate {r:.3f} with the scores {config['steps_per_call']} meta-steps earlier"
+      )
     lines.append(
       f"  outer loss {outer_loss:.3f} nats per token; {compared}; {skipped} meta-gradients skipped"
     )
-  if np.isfinite(noise).any() and len(set(noise[np.isfinite(noise)])) > 1:
+  if len(set(noise[np.isfinite(noise)])) > 1:
     results["noise"] = noise_table(last, noise, source)
-    fits = {step: weight_fit(s, noise, source) for step, s in scores.items()}
+    fits = {step: weight_fit(s, noise) for step, s in scores.items()}
     for name in ("r2", "spearman"):
       results[f"weight_fit_{name}"] = {step: fit[name] for step, fit in fits.items()}
     lines += _noise_lines(results)
@@ -102,16 +101,17 @@ def write(workdir: Path, documents: list, config: dict) -> str:
 def rank_sources(
   scores: np.ndarray, noise: np.ndarray, source: np.ndarray, statistic: Callable = np.mean
 ) -> list[SourceScores]:
-  """Sources [], the best `statistic` of their clean documents first; all-corrupted sources last."""
-  sources = []
-  for name in sorted(set(source.tolist())):
-    mine, bad = source == name, noise > 0
-    sources.append(SourceScores(name, scores[mine & ~bad], scores[mine & bad]))
+  """The source with the best `statistic` of its clean documents first; all-corrupted ones last."""
+  corrupted = noise > 0
+  sources = [
+    SourceScores(name, scores[(source == name) & ~corrupted], scores[(source == name) & corrupted])
+    for name in sorted(set(source.tolist()))
+  ]
   return sorted(sources, key=lambda s: (len(s.clean) == 0, -statistic(s.ranked)))
 
 
 def ranking_documents(noise: np.ndarray, kind: str = "document") -> str:
-  """The documents that `rank_sources` uses, in words."""
+  """Names the documents that `rank_sources` uses."""
   if not (noise > 0).any():
     return f"{kind}s"
   return f"{kind}s not known to be corrupted" if np.isnan(noise).any() else f"clean {kind}s"
@@ -119,19 +119,19 @@ def ranking_documents(noise: np.ndarray, kind: str = "document") -> str:
 
 def noise_table(scores: np.ndarray, noise: np.ndarray, source: np.ndarray) -> dict:
   """Per source: Spearman correlation of level and score among the corrupted documents, and AUROC
-  of clean against corrupted at levels >= 0.2. Sources with too few documents are only named."""
+  of clean against corrupted at levels >= 0.2. Sources with too few documents are only listed."""
   spearman, auroc, too_few = {}, {}, []
   for name in sorted(set(source)):
-    mine = source == name
-    bad, good = mine & (noise > 0), mine & (noise == 0)
-    worse = mine & (noise >= 0.2)
-    if bad.sum() < MIN_DOCUMENTS or len(set(noise[bad])) < 2:
+    levels, values = noise[source == name], scores[source == name]
+    corrupted, clean, noisy = levels > 0, values[levels == 0], values[levels >= 0.2]
+    if corrupted.sum() < MIN_DOCUMENTS or len(set(levels[corrupted])) < 2:
       too_few.append(name)
       continue
-    spearman[name] = float(scipy.stats.spearmanr(noise[bad], scores[bad]).statistic)
-    if min(good.sum(), worse.sum()) >= MIN_DOCUMENTS:
-      u = scipy.stats.mannwhitneyu(scores[good], scores[worse]).statistic
-      auroc[name] = float(u / (good.sum() * worse.sum()))
+    correlation = scipy.stats.spearmanr(levels[corrupted], values[corrupted]).statistic
+    spearman[name] = float(correlation)
+    if min(len(clean), len(noisy)) >= MIN_DOCUMENTS:
+      u = scipy.stats.mannwhitneyu(clean, noisy).statistic
+      auroc[name] = float(u / (len(clean) * len(noisy)))
   return {
     "spearman": spearman,
     "spearman_mean": float(np.mean(list(spearman.values()))) if spearman else None,
@@ -141,11 +141,11 @@ def noise_table(scores: np.ndarray, noise: np.ndarray, source: np.ndarray) -> di
   }
 
 
-def weight_fit(scores: np.ndarray, noise: np.ndarray, source: np.ndarray, batch: int = 128) -> dict:
+def weight_fit(scores: np.ndarray, noise: np.ndarray, batch: int = 128) -> dict:
   """Linear fit of softmax weight on noise level over the corrupted documents (the paper's Fig. 3).
 
-  The softmax runs over random batches of 128 documents of all sources. `spearman` is None where
-  all weights are equal.
+  The softmax runs over random batches of documents of all sources. `spearman` is None where all
+  weights are equal.
   """
   order = np.random.default_rng(0).permutation(np.flatnonzero(noise > 0))
   weights = np.full(len(scores), np.nan)
@@ -163,7 +163,7 @@ def weight_fit(scores: np.ndarray, noise: np.ndarray, source: np.ndarray, batch:
 
 
 def fitted_line(fit: dict) -> tuple[np.ndarray, np.ndarray]:
-  """The ends (x [2], y [2]) of a fit's line, which stops where the weight reaches zero."""
+  """The ends (x [2], y [2]) of a fit's line, cut where the weight reaches zero."""
   x = np.array([fit["x"].min(), fit["x"].max()])
   y = fit["intercept"] + fit["slope"] * x
   if (y < 0).any():
@@ -172,23 +172,22 @@ def fitted_line(fit: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_member(metrics: list[dict], name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-  """Inner model -> (the meta-steps [K] that it took part in, values [K] of a metric)."""
-  found = {}
+  """Inner model -> (meta-steps [K] for which it was drawn, values [K] of a metric)."""
+  points = {}
   for row in metrics:
     for member, value in zip(row["member"], row[name], strict=True):
-      found.setdefault(member, []).append((row["step"], value))
-  return {member: tuple(np.array(found[member]).T) for member in sorted(found)}
+      points.setdefault(member, []).append((row["step"], value))
+  return {member: tuple(np.array(points[member]).T) for member in sorted(points)}
 
 
 def restarts(metrics: list[dict]) -> dict[int, np.ndarray]:
-  """Inner model -> bool [K]: whether it was re-initialized before a meta-step of `by_member`."""
+  """Inner model -> bool [K]: re-initialized before that meta-step of `by_member`."""
   ages = by_member(metrics, "age")
   return {member: np.diff(age, prepend=0) <= 0 for member, (_, age) in ages.items()}
 
 
 def _noise_lines(results: dict) -> list[str]:
-  table = results["noise"]
-  lines = []
+  table, lines = results["noise"], []
   if table["spearman"]:
     lines.append(
       f"  noise level against score, within a source: Spearman {table['spearman_mean']:+.3f} "
@@ -216,11 +215,11 @@ def _signed(correlation: float | None) -> str:
 
 
 def _source_line(source: SourceScores) -> str:
-  x, bad = source.ranked, source.corrupted
-  also = f"; {len(bad)} corrupted: {bad.mean():+.3f}" if len(bad) else ""
+  x, corrupted = source.ranked, source.corrupted
+  more = f"; {len(corrupted)} corrupted: {corrupted.mean():+.3f}" if len(corrupted) else ""
   if not len(source.clean):
-    also = ", all corrupted"
-  return f"    {source.name:24s} {x.mean():+.3f}  (spread {x.std():.3f}, {len(x)}{also})"
+    more = ", all corrupted"
+  return f"    {source.name:24s} {x.mean():+.3f}  (spread {x.std():.3f}, {len(x)}{more})"
 
 
 def _plot_noise(fits: dict[int, dict]) -> Figure:
@@ -237,7 +236,7 @@ def _plot_noise(fits: dict[int, dict]) -> Figure:
 
 
 def _plot_sources(ranked: list[SourceScores], noise: np.ndarray) -> Figure:
-  """A box for the clean and one for the corrupted documents of each source, the best on top."""
+  """A box each for the clean and the corrupted documents of each source, the best on top."""
   note = f"best first by the mean score of their {ranking_documents(noise)}"
   shown = ranked
   if len(ranked) > MAX_SOURCES:
@@ -290,11 +289,11 @@ def _plot_losses(metrics: list[dict]) -> Figure:
     axis.plot(steps[new], loss[new], "v", color="black", markersize=3.5)
   axis.get_lines()[1].set_label("first loss after re-initialization")
   steps = [m["step"] for m in metrics]
-  for name, color, what in (
+  for name, color, label in (
     ("inner_loss", BLUE, "mean inner loss (training data, unweighted)"),
     ("outer_loss", RED, "mean outer loss (held-out data)"),
   ):
-    axis.plot(steps, [np.mean(m[name]) for m in metrics], color=color, linewidth=1.3, label=what)
+    axis.plot(steps, [np.mean(m[name]) for m in metrics], color=color, linewidth=1.3, label=label)
   axis.set_xlabel("meta-step")
   axis.set_ylabel("nats per token")
   figure.legend(fontsize=8, loc="outside upper center", ncols=2)

@@ -1,4 +1,4 @@
-"""The units that a rater's report is about: documents or packed sequences, rated and described.
+"""The units of a rater's report: documents or packed sequences, their scores and heuristics.
 
 Axes: U units, F heuristics.
 """
@@ -22,20 +22,18 @@ MIN_UNITS = 20  # R^2 of each of 10 folds needs two
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is analyzed."""
+  """The text to analyze."""
 
   data: tuple[str, ...] = option(
     (),
     "files, globs, folders or hf:NAME[:CONFIG[:SPLIT]]; default the run's validation split",
-    section="What is analyzed",
+    section="Text",
   )
-  documents: int = option(
-    5000, "documents or packed sequences to rate, at most", at_least=MIN_UNITS
-  )
-  text_field: str | None = option(None, "of --data; default as in the rater's run")
-  source_field: str | None = option(None, "of --data; default as in the rater's run")
-  noise_field: str | None = option(None, "of --data; default as in the rater's run")
-  seed: int = option(0, "of the folds of the cross-validation")
+  documents: int = option(5000, "documents or packed sequences to rate at most", at_least=MIN_UNITS)
+  text_field: str | None = option(None, "as in train.py, for --data; default the rater's")
+  source_field: str | None = option(None, "as in train.py, for --data; default the rater's")
+  noise_field: str | None = option(None, "as in train.py, for --data; default the rater's")
+  seed: int = option(0, "seed of the folds of the cross-validation")
   __post_init__ = check_fields
 
 
@@ -52,7 +50,7 @@ class Units(NamedTuple):
 
 
 def read_units(config: Config, rater: TrainedRater, cache_dir: Path) -> Units:
-  """Reads and rates text.
+  """Reads text and scores it.
 
   Raises:
     UserError: too little text, or scores that are all equal or not finite.
@@ -60,8 +58,8 @@ def read_units(config: Config, rater: TrainedRater, cache_dir: Path) -> Units:
   corpus_config = data_config(rater.config)
   if config.data:
     names = ("text_field", "source_field", "noise_field")
-    given = {name: getattr(config, name) for name in names if getattr(config, name)}
-    corpus_config = dataclasses.replace(corpus_config, data=config.data, **given)
+    fields = {name: getattr(config, name) for name in names if getattr(config, name)}
+    corpus_config = dataclasses.replace(corpus_config, data=config.data, **fields)
     return _checked(_document_units(sample(corpus_config, config.documents), rater))
   corpus = load_corpus(corpus_config, cache_dir)
   if corpus_config.packing == "pack":
@@ -70,7 +68,7 @@ def read_units(config: Config, rater: TrainedRater, cache_dir: Path) -> Units:
 
 
 def sample(config: DataConfig, count: int) -> list[Document]:
-  """`count` documents drawn by a hash of their text, of the first 100 x `count` of the data."""
+  """`count` of the first 100 x `count` documents of the data, drawn by a hash of their text."""
   limited = dataclasses.replace(config, outer_data=(), max_documents=100 * count)
   return heapq.nsmallest(
     count, read_documents(limited), key=lambda document: split_of(document.text, limited)[1]

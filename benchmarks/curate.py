@@ -1,51 +1,54 @@
-"""Throughput of scoring: curate.py's buckets and read-ahead against the plain loop, side by side.
+"""Throughput of scoring: curate.py's length buckets and read-ahead against a plain loop, in turn.
 
   python -m benchmarks.curate --rater=runs/demo
 
-Two corpora from the demo's: its documents, and its lines as documents of their own (short ones).
-`plain` takes batches of 64 padded to S. `bucketed` is what curate.py runs: four lengths, batches of
-a constant number of tokens, a thread that tokenizes ahead. Both score the same documents, in turn;
-the first round compiles and is not timed. The last columns are the time of the host alone (JSON,
-tokens, batches, coins) and of the device alone, in seconds per round.
+Two corpora from the demo's: its documents, and its single lines (short documents). `plain` scores
+batches of 64 rows padded to S. `bucketed` is curate.py's loop: four lengths, batches of a constant
+number of tokens, a thread that tokenizes ahead. Both score the same documents; the first, untimed
+round compiles. The last columns are seconds per round of the host alone (JSON, tokens, batches,
+coins) and of the device alone.
 """
 
+import dataclasses
 import json
 import statistics
 import time
-
-from runtime import cpu
-
-cpu.keep_freed_memory()
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 
 import rating
 import selection
 from corpus import demo
 from corpus.batches import cut
 from curation.local import ahead
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("rater", "runs/demo", "workdir of train.py")
-flags.DEFINE_integer("documents", 1024, "documents of each corpus")
-flags.DEFINE_integer("rounds", 3, "timed rounds; the median counts")
+from runtime import cli, cpu
+from runtime.cli import option
 
 
-def main(_):
-  logging.set_verbosity(logging.WARNING)
-  rater = rating.open_rater(FLAGS.rater)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  rater: str = option("runs/demo", "workdir of train.py")
+  documents: int = option(1024, "documents of each corpus", at_least=1)
+  rounds: int = option(3, "timed rounds; the median counts", at_least=1)
+  __post_init__ = cli.check_fields
+
+
+def main() -> None:
+  settings = cli.read(Settings)
+  cpu.keep_freed_memory()
+  rater = rating.open_rater(settings.rater)
   S = rater.config.sequence_length
   print(f"rater {rater.config.rater}, S = {S}, {jax.devices()[0].device_kind}")
   print(
     f"{'corpus':10} {'loop':10} {'documents/s':>12} {'tokens/s':>12} {'host s':>9} {'device s':>9}"
   )
-  for name, texts in corpora(FLAGS.documents):
-    compare(name, [json.dumps({"text": text}) for text in texts], rater)
+  for name, texts in corpora(settings.documents):
+    compare(name, [json.dumps({"text": text}) for text in texts], rater, settings.rounds)
 
 
-def compare(name: str, lines: list[str], rater: rating.TrainedRater) -> None:
+def compare(name: str, lines: list[str], rater: rating.TrainedRater, rounds: int) -> None:
   S, tokenizer = rater.config.sequence_length, rater.tokenizer
   quarter = -(-len(lines) // 4)
   shards = [lines[i : i + quarter] for i in range(0, len(lines), quarter)]
@@ -76,7 +79,7 @@ def compare(name: str, lines: list[str], rater: rating.TrainedRater) -> None:
   }
   np.testing.assert_allclose(plain(), bucketed(ready), rtol=1e-4, atol=1e-5)
   seconds = {loop: [] for loop in loops}
-  for _ in range(FLAGS.rounds):  # in turn: other work on the machine meets all alike
+  for _ in range(rounds):  # in turn: other work on the machine slows all of them
     for loop, function in loops.items():
       start = time.perf_counter()
       function()
@@ -88,7 +91,8 @@ def compare(name: str, lines: list[str], rater: rating.TrainedRater) -> None:
     print(f"{name:10} {loop:10}", *rates, *parts, flush=True)
 
 
-def corpora(count):
+def corpora(count: int) -> Iterator[tuple[str, list[str]]]:
+  """Yields (name, texts)."""
   with open(demo.build(), encoding="utf-8") as file:
     texts = [json.loads(line)["text"] for line in file]
   texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
@@ -98,4 +102,4 @@ def corpora(count):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, Settings)

@@ -6,7 +6,7 @@ Axes: S sequence length in tokens, R sequences (rows) of a split, B rows of a ba
   batches = batch_iterator(corpus.splits["train"], seed=0, shape=(8, 2, 16), start_step=0)
   next(batches)                                                           # Batch of [8, 2, 16, S]
 
-documents.py says what `DataConfig.data` may name and how files become documents.
+documents.py explains what `DataConfig.data` may name and how files become documents.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from transformer import Batch
 
 MIN_REMAINDER = 16  # tokens; a shorter last piece of a longer document is dropped
 DEMO_NOISE_LEVELS = np.arange(1, 9) / 10
-FORMAT = 1  # of the cache; raise it when anything that is written changes
+FORMAT = 1  # of the cache; raise it when a file's content changes
 
 
 class Split(NamedTuple):
@@ -85,7 +85,7 @@ class Corpus:
     if noisy.any():
       lines.append(
         f"note: {noisy.mean():.0%} of the outer sequences have a known noise level too: the rater "
-        "learns what helps on noisy text. Give clean text with --outer_data if that is your goal"
+        "learns to help on noisy text. For clean text, pass some as --outer_data"
       )
     for split in SPLITS:
       tokens, rows = report.tokens.get(split, 0), report.sequences.get(split, 0)
@@ -93,27 +93,24 @@ class Corpus:
         f"{split}: {sum(report.documents[split].values())} documents, {tokens} tokens, {rows} "
         f"sequences of {length} ({tokens / max(rows * length, 1):.0%} filled)"
       )
-    shown = ", ".join(self.sources[:20]) + (", ..." if len(self.sources) > 20 else "")
-    return "\n".join([*lines, f"{len(self.sources)} sources: {shown}"])
+    names = ", ".join(self.sources[:20]) + (", ..." if len(self.sources) > 20 else "")
+    return "\n".join([*lines, f"{len(self.sources)} sources: {names}"])
 
   def validation_documents(self, limit: int | None = None) -> list[Document]:
-    """The texts of the validation split (at most `limit`, evenly spaced), as they were packed."""
+    """The documents of the validation split as they were packed, at most `limit`, evenly spaced."""
     count = sum(self.report.documents["validation"].values())
-    kept = (
-      range(count) if limit is None else np.linspace(0, count - 1, min(limit, count)).astype(int)
-    )
-    kept = set(kept)
+    size = count if limit is None else min(limit, count)
+    kept = set(np.linspace(0, count - 1, size).astype(int).tolist())
     with open(self.folder / "validation.documents", encoding="utf-8") as file:
-      records = [json.loads(line) for i, line in enumerate(file) if i in kept]
-    return [Document(**record) for record in records]
+      return [Document(**json.loads(line)) for i, line in enumerate(file) if i in kept]
 
 
 def load_corpus(config: DataConfig, cache_dir: str | os.PathLike, progress: bool = True) -> Corpus:
   """Reads, splits, tokenizes and packs a corpus, or maps the files of an earlier call.
 
-  The cache is a folder under `cache_dir`, named by the configuration, the tokenizer and the names,
-  sizes and times of the input files (a hub data set by its name only). It appears by one rename, so
-  an interrupted call leaves nothing behind that would be used.
+  The cache is a folder under `cache_dir`, named by a hash of the configuration, the tokenizer and
+  the names, sizes and times of the input files (for the hub, the name alone). One rename makes it
+  visible, so no later call uses the files of an interrupted one.
   """
   tokenizer = load_tokenizer(config.tokenizer)
   fingerprint = _fingerprint(config, tokenizer)
@@ -126,7 +123,7 @@ def load_corpus(config: DataConfig, cache_dir: str | os.PathLike, progress: bool
       _build_corpus(config, tokenizer, Path(temp), progress)
       try:
         os.rename(Path(temp) / "corpus", folder)
-      except OSError:  # another process was first, or what lies there is broken
+      except OSError:  # another process was first, or the folder there is broken
         if _open_corpus(folder, config, tokenizer, fingerprint) is None:
           shutil.rmtree(folder)
           os.rename(Path(temp) / "corpus", folder)
@@ -144,8 +141,8 @@ def batch_iterator(
   """Endless batches of arrays [*shape, S], int32; batch t is a function of (seed, t) alone.
 
   Each epoch is a new permutation of the split. A run resumes with `start_step`, the number of
-  batches used. With several hosts each reads its `part`, batch[part] over the axes of `shape`. The
-  result has a `close()` that ends its prefetching threads at once.
+  batches used. With several hosts each reads its part, batch[part] over the axes of `shape`. The
+  iterator's `close()` ends its prefetching threads at once.
   """
   rows, size = len(split.tokens), math.prod(shape)
   if rows < size:
@@ -158,24 +155,22 @@ def batch_iterator(
 
 
 def drawn_rows(rows: int, seed: int, start: int, count: int) -> np.ndarray:
-  """The draws start, start + 1, ... [count] of the endless order of `seed` over rows 0..rows-1.
+  """Draws start, start + 1, ... [count] from the endless order of `seed` over rows 0 to rows - 1.
 
   Each epoch is a new permutation, each draw a function of (rows, seed, its number) alone.
   """
   mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # seeds 0 and 1 share no epoch
   draws = (divmod(draw, rows) for draw in range(start, start + count))
-  # Equals grain's own shuffle without its cost of 15 us per sequence.
-  chosen = [
-    grain.experimental.index_shuffle(i, rows - 1, seed=(mixed + epoch) % 2**32, rounds=4)
-    for epoch, i in draws
-  ]
+  # The same order as grain's shuffle, which costs 15 us per sequence.
+  shuffle = grain.experimental.index_shuffle
+  chosen = [shuffle(i, rows - 1, seed=(mixed + epoch) % 2**32, rounds=4) for epoch, i in draws]
   return np.array(chosen, np.int64)
 
 
 def row_batches(
   split: Split, rows_of_step: Callable[[int], np.ndarray], start_step: int = 0
 ) -> Iterator[Batch]:
-  """Endless batches of the rows `rows_of_step(t)`, prepared ahead by threads."""
+  """Endless batches of the rows `rows_of_step(t)`, prefetched by threads."""
 
   def batch(step: int) -> Batch:
     rows = rows_of_step(step)
@@ -204,7 +199,7 @@ def _row(config: DataConfig, tokenizer: Tokenizer) -> np.dtype:
 def _open_corpus(
   folder: Path, config: DataConfig, tokenizer: Tokenizer, fingerprint: str
 ) -> Corpus | None:
-  """The corpus in `folder`; None if there is none or its files are cut short."""
+  """The corpus in `folder`; None if there is none or its files are truncated."""
   try:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     report, row = Report(**meta["report"]), _row(config, tokenizer)
@@ -252,9 +247,9 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress
   for split, share in shares.items():
     if share and not report.sequences[split]:
       total = sum(sum(counts.values()) for counts in report.documents.values())
-      also = f" ({report.in_outer_data} left out: in outer_data)" if report.in_outer_data else ""
+      note = f" ({report.in_outer_data} left out: in outer_data)" if report.in_outer_data else ""
       raise UserError(
-        f"the {split} split got none of the {total} documents of {', '.join(config.data)}{also}: "
+        f"the {split} split got none of the {total} documents of {', '.join(config.data)}{note}: "
         "give more data or a larger fraction for that split"
       )
   meta = {"sources": list(sources), "report": vars(report)}
@@ -283,17 +278,18 @@ def _assigned(config: DataConfig, report: Report) -> Iterator[tuple[str, Documen
 
 
 def _encoded(
-  pairs: Iterable[tuple[Any, Document]], tokenizer: Tokenizer
-) -> Iterator[tuple[Any, Document, np.ndarray]]:
+  pairs: Iterable[tuple[str, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[str, Document, np.ndarray]]:
+  """(split, document) -> (split, document, its tokens)."""
   pairs = iter(pairs)
   while chunk := list(itertools.islice(pairs, 128)):
     encoded = tokenizer.encode([document.text for _, document in chunk])
-    for (key, document), tokens in zip(chunk, encoded, strict=True):
-      yield key, document, tokens
+    for (split, document), tokens in zip(chunk, encoded, strict=True):
+      yield split, document, tokens
 
 
 def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
-  """Pieces of at most `length` tokens, without a short last piece of a longer document."""
+  """Pieces of at most `length` tokens; a short last piece of a longer document is dropped."""
   pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
   if len(pieces) > 1 and len(pieces[-1]) < min(MIN_REMAINDER, length // 2):
     del pieces[-1]

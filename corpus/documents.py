@@ -1,8 +1,8 @@
-"""Reads files and data sets as a stream of documents; counts unusable records by their reason.
+"""Reads files and data sets as a stream of documents; counts unusable records by reason.
 
 `DataConfig.data` and `outer_data` may name:
   demo                      the demo corpus (demo.py), half of its training text corrupted
-  hf:NAME[:CONFIG[:SPLIT]]  a data set of the Hugging Face hub; its split `train` if none is given
+  hf:NAME[:CONFIG[:SPLIT]]  a data set of the Hugging Face hub; the default split is `train`
   a file, a glob, a folder  .jsonl/.ndjson/.json (one object per line), .parquet, .txt/.md; all but
                             Parquet also as .gz, .bz2 or .zst
 
@@ -51,18 +51,18 @@ class DataConfig:
     ("demo",), "files, globs, folders, hf:NAME[:CONFIG[:SPLIT]] or demo", section="Data"
   )
   outer_data: tuple[str, ...] = option(
-    (), "text to do well on, for the held-out loss; default a share of --data"
+    (), "trusted text for the held-out loss; default a share of --data"
   )
-  text_field: str = option("text", "field of a record that holds its text; a.b reaches into it")
+  text_field: str = option("text", "field with the text of a record; a.b is field b of field a")
   source_field: str = option(
-    "source", "field with the source of a record, for reports; else its file"
+    "source", "field with the source of a record, for reports; without it the file's name"
   )
   noise_field: str = option("noise", "field with a known noise level in [0, 1], for reports")
   tokenizer: str = option("bytes", "bytes, or a path or hub name of a tokenizer.json")
   sequence_length: int = option(128, "S, tokens per sequence", at_least=2)
   packing: str = option(
     "document",
-    "pack fills sequences; document has a piece of one document in each",
+    "pack fills each sequence with several documents; document puts one piece in each",
     choices=("pack", "document"),
   )
   outer_fraction: float = option(
@@ -71,10 +71,10 @@ class DataConfig:
   validation_fraction: float = option(
     0.1, "share of the documents held out for the report", at_least=0, below=1
   )
-  seed: int = option(0, "of everything that is random, the splits included")
+  seed: int = option(0, "seed of everything random, the splits included")
   max_documents: int | None = option(None, "documents to read at most", at_least=1)
   max_bad_fraction: float = option(
-    0.1, "share of unreadable records beyond which the run stops", at_least=0
+    0.1, "share of unusable records above which reading stops", at_least=0
   )
 
   def __post_init__(self):
@@ -89,7 +89,7 @@ class DataConfig:
 
 @dataclasses.dataclass
 class Report:
-  """Counts of what was read and what was skipped."""
+  """Counts of records read and skipped."""
 
   records: int = 0
   skipped: dict[str, int] = dataclasses.field(default_factory=collections.Counter)  # by reason
@@ -111,8 +111,6 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
 
 
 class Record(NamedTuple):
-  """A record as it was read."""
-
   input: int  # index of its input in find_inputs(config.data)
   index: int  # its own index in that input, from 0; blank lines do not count
   number: int  # for messages: the line in JSONL, else index + 1
@@ -120,16 +118,16 @@ class Record(NamedTuple):
   problem: str  # why there is no document; "" if there is one
   value: dict | None  # its fields; None if they cannot be read
   original: Any  # the line (bytes) of a JSON record, (Arrow batch, row) of Parquet, else None
-  read: float  # share of the input that is read so far; nan for the hub
+  read: float  # share of the input read so far; nan for the hub
 
 
 def corpus_records(
   config: DataConfig, report: Report | None = None, start: tuple[int, int] = (0, 0)
 ) -> Iterator[Record]:
-  """Yields all records of `config.data` in order, unusable ones too, and counts both in `report`.
+  """Yields all records of `config.data` in order, usable or not, and counts them in `report`.
 
-  Reading resumes at `start`, the (input, index) of a record, if `report` holds the counts of all
-  records before it. A caller may count more documents as skipped before it takes the next record.
+  To resume, pass `start`, the (input, index) of a record, and a `report` with the counts of all
+  records before it. A caller may count more records as skipped before it takes the next one.
   """
   report, fields = Report() if report is None else report, ()
   for place, item in list(enumerate(find_inputs(config.data)))[start[0] :]:
@@ -139,11 +137,10 @@ def corpus_records(
       fields = fields or tuple(record.value or ())
       if report.records >= 1000 and math.log10(report.records).is_integer():
         check_quality(config, report, fields)
-      if _documents(report) == config.max_documents:
+      if _usable(report) == config.max_documents:
         return
   check_quality(config, report, fields)
-  if not _documents(report):
-    raise UserError(f"{', '.join(config.data)} holds no documents: the files are empty")
+  check(_usable(report) > 0, f"{', '.join(config.data)} holds no documents: the files are empty")
 
 
 def input_records(
@@ -161,7 +158,7 @@ def input_records(
 
 
 def split_of(text: str, config: DataConfig) -> tuple[str, int]:
-  """The split of a text, the same for texts equal up to white space, and 64 more hash bits."""
+  """(the split of a text, 64 more bits of its hash), whatever the white space between words."""
   key = config.seed.to_bytes(8, "little", signed=True)
   plain = " ".join(text.split()).encode("utf-8", "replace")
   digest = hashlib.blake2b(plain, key=key, digest_size=16).digest()
@@ -197,23 +194,24 @@ def find_inputs(data: tuple[str, ...]) -> list[Input]:
       continue
     path = demo.build() if name == "demo" else Path(name).expanduser()
     if path.is_dir():
-      found = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p)]
-      found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
+      files = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p)]
+      files = [p for p in files if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
       advice = f"the folder {name} has no file of a known kind ({', '.join(_KINDS)})"
     elif path.exists():
-      found, advice = [path], ""
+      files, advice = [path], ""
     elif glob.has_magic(name):
-      found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-      found = [p for p in found if p.is_file()]
+      files = sorted(map(Path, glob.glob(str(path), recursive=True)))
+      files = [p for p in files if p.is_file()]
       advice = f"no file matches {name}: check the pattern (quote it from the shell)"
     else:
-      found, advice = [], f"{name} does not exist: give a file, glob, folder, hf:NAME, or demo"
-    if not found:
-      raise UserError(advice)
-    for file in found:
-      if not (kind := _kind(file)):
-        raise UserError(f"{file} is of an unknown kind: known are {', '.join(_KINDS)}, *.gz, *.zst")
-      stat = file.stat()
+      files, advice = [], f"{name} does not exist: give a file, glob, folder, hf:NAME, or demo"
+    check(len(files) > 0, advice)
+    for file in files:
+      kind, stat = _kind(file), file.stat()
+      check(
+        kind is not None,
+        f"{file} is of an unknown kind: known are {', '.join(_KINDS)}, *.gz, *.bz2, *.zst",
+      )
       stem = file.name.partition(".")[0] or file.name
       inputs.append(Input(kind, str(file), stem, (stat.st_size, stat.st_mtime_ns)))
   return list(dict.fromkeys(inputs))
@@ -224,22 +222,22 @@ def _kind(path: Path) -> str | None:
   return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def _documents(report: Report) -> int:
+def _usable(report: Report) -> int:
   return report.records - sum(report.skipped.values())
 
 
 def read_records(item: Input, text_field: str = "text") -> Iterator[tuple[int, dict | str]]:
-  """Yields (number from 1, in JSONL the line; fields) of one input's records.
+  """Yields (number, fields) of one input's records; the number counts from 1, in JSONL lines.
 
-  A string in place of fields says why a record is unusable. The parts of a text file have their
-  text in `text_field`."""
+  A string instead of fields is the reason why a record is unusable. The parts of a text file have
+  their text in `text_field`."""
   return ((number, value) for number, value, _, _ in _records(item, text_field, 0))
 
 
 def _records(
   item: Input, text_field: str, first: int
 ) -> Iterator[tuple[int, dict | str, Any, float]]:
-  """Yields (number, fields or the problem, original, share read) as in Record."""
+  """Yields (number, fields or the problem, original, share of the input read), as in Record."""
   try:
     if item.kind == "hub":
       for number, value in enumerate(itertools.islice(_hub_records(item.path), first, None), first):
@@ -308,7 +306,7 @@ def _text_records(file: io.BufferedReader, text_field: str) -> Iterator[tuple[in
       cut = next((cut for cut in cuts if cut > 0), TEXT_FILE_CHARS)
       cut = cut if len(rest) > TEXT_FILE_CHARS else len(rest)
       part, rest = rest[:cut], rest[cut:]
-      escaped = re.search("[\udc80-\udcff]", part)  # what the decoder made of invalid bytes
+      escaped = re.search("[\udc80-\udcff]", part)  # the decoder's marks for invalid bytes
       if part.strip():
         number += 1
         yield number, "invalid UTF-8" if escaped else {text_field: part}
@@ -322,7 +320,7 @@ def _hub_records(name: str) -> Iterator[dict]:
     raise UserError(f"{name} is not of the form hf:NAME[:CONFIG[:SPLIT]]")
   try:
     yield from datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-  except Exception as error:  # many kinds: no network, no such name, gated, a bad file
+  except Exception as error:  # of many kinds: no network, no such name, gated, a bad file
     raise UserError(
       f"{name} cannot be read ({one_line(error)}): check the name, the network, and whether it "
       "needs a login or a configuration (hf:NAME:CONFIG:SPLIT)"
@@ -369,8 +367,8 @@ def check_quality(config: DataConfig, report: Report, fields: tuple[str, ...]) -
   missing = report.skipped.get(f"without a value in {config.text_field!r}", 0)
   if report.records and missing == report.records:
     raise UserError(
-      f"no record has a text in {config.text_field!r}: set --text_field to one of the fields there "
-      f"({', '.join(fields)})"
+      f"no record has a text in {config.text_field!r}: set --text_field to one of "
+      f"{', '.join(fields)}"
     )
   bad = sum(report.skipped.values())
   if bad > config.max_bad_fraction * report.records:

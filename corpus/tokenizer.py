@@ -13,10 +13,10 @@ from runtime.cli import UserError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Of "bytes": 0-255 are the UTF-8 bytes, 256 is padding, 257 starts a document.
+  """Bytes: 0-255 are the UTF-8 bytes, 256 is padding, 257 starts a document.
 
-  From a tokenizer.json: its own start token (or end-of-text token) starts a document, else one
-  entry is added; padding reuses that entry (`Batch.segments` tells them apart).
+  A tokenizer.json: its start or end-of-text token starts a document, or an added entry if it has
+  neither; padding reuses that entry (`Batch.segments` marks it).
   """
 
   vocab_size: int
@@ -26,7 +26,7 @@ class Tokenizer:
   model: tokenizers.Tokenizer | None = None  # None: bytes
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """Each text as int32 tokens, the start token first. A lone surrogate counts as '?'."""
+    """Each text as int32 tokens, the start token first. A lone surrogate becomes '?'."""
     raw = [text.encode("utf-8", "replace") for text in texts]
     if self.model is None:
       ids = [np.frombuffer(text, np.uint8) for text in raw]
@@ -43,7 +43,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-  """The bytes, the tokenizer.json at a path (or in a folder), or a name on the Hugging Face hub."""
+  """`bytes`, the tokenizer.json at a path (or in a folder), or a name on the Hugging Face hub."""
   if name == "bytes":
     return Tokenizer(vocab_size=258, bos=257, pad=256, fingerprint="bytes")
   path = Path(name).expanduser()

@@ -1,1 +1,1 @@
-"""Rates a corpus and marks what to keep, on one host, on several, or on Apache Beam."""
+"""Scores a corpus and marks the documents to keep: on one host, on several, or on Apache Beam."""

@@ -1,15 +1,15 @@
-"""curate.py past one machine: the same selection as an Apache Beam pipeline.
+"""Curates on Apache Beam: the selection of curate.py as a pipeline on many machines.
 
-  python curate.py --rater=runs/mine --data='texts/*.jsonl' --output=curated --discard=0.5 \\
+  python curate.py --rater=runs/demo --data='texts/*.jsonl' --output=curated --discard=0.5 \\
     --runner=DirectRunner
   python curate.py ... --runner=Flink --beam_options=--flink_master=host:8081
 
   inputs -> records -> batches of documents -> scores -> CDF (a side input) -> selection -> files
 
-An input file is read by one worker. A worker loads the rater once; rater, input and output lie
-where all workers see them under the same path, and the project is importable there. Scores, coins
-and hence the selection are those of curate.py; the records come in any order, and there is no
-resuming beyond what the runner does. Needs pip install -e '.[beam]'.
+One worker reads an input file. Each process loads the rater once. All workers need the project on
+their path, and the rater, the input and the output under the same paths. The selection is the same
+as on one machine; the records come in any order, and only the runner's own retries resume a run.
+Needs pip install -e '.[beam]'.
 """
 
 import json
@@ -44,7 +44,7 @@ def curate(config: jobs.Config, output: Path) -> None:
   check(config.max_documents is None, "--max_documents needs an order: leave it out with --runner")
   try:
     options = PipelineOptions(list(config.beam_options))
-    # Beam's own DirectRunner first fetches another runner, Prism, from the network.
+    # Beam's DirectRunner would first download another runner, Prism.
     runner = FnApiRunner() if config.runner == "DirectRunner" else config.runner
     pipeline = beam.Pipeline(runner, options)
   except (ValueError, ImportError) as error:
@@ -52,7 +52,7 @@ def curate(config: jobs.Config, output: Path) -> None:
   job = jobs.open_job(config, output)
   if not (output / "manifest.json").exists():
     for path in output.glob("*-*-of-*"):
-      path.unlink()  # of a pipeline that failed
+      path.unlink()  # left by a failed pipeline
     for path in output.glob("beam-temp-*"):
       shutil.rmtree(path)
     build(pipeline, job, output)
@@ -62,14 +62,12 @@ def curate(config: jobs.Config, output: Path) -> None:
 
 
 def build(pipeline: beam.Pipeline, job: jobs.Job, output: Path) -> None:
-  config = job.config
-  schema = None
-  if job.format == "parquet":
-    kinds = {item.kind for item in job.inputs}
-    check(
-      kinds == {"parquet"}, "--format=parquet of other inputs: leave --runner out, or use jsonl"
-    )
-    schema = records.common_schema([records.file_schema(item.path) for item in job.inputs])
+  """Adds the steps to the pipeline."""
+  config, schema = job.config, jobs.output_schema(job, [])
+  check(
+    job.format == "jsonl" or all(item.kind == "parquet" for item in job.inputs),
+    "--format=parquet of other inputs: leave --runner out, or use jsonl",
+  )
   read_inputs = (
     pipeline
     | "inputs" >> beam.Create(list(enumerate(job.inputs)))
@@ -78,7 +76,7 @@ def build(pipeline: beam.Pipeline, job: jobs.Job, output: Path) -> None:
   )
   scored = (
     read_inputs.texts
-    | "spread" >> beam.Reshuffle()  # else whoever reads a file scores it
+    | "spread" >> beam.Reshuffle()  # else the worker that reads a file scores it
     | beam.BatchElements(min_batch_size=256, max_batch_size=4096)
     | "score"
     >> beam.ParDo(Score(config.rater, config.score_batch, config.seed)).with_outputs(
@@ -120,7 +118,7 @@ def build(pipeline: beam.Pipeline, job: jobs.Job, output: Path) -> None:
 
 
 def read(item: tuple[int, Any], reading: DataConfig, format: str) -> Iterator[Any]:
-  """(text in UTF-8, JSON line or fields) of the documents of an input."""
+  """Yields (text in UTF-8, JSON line or fields) of an input's documents."""
   index, source = item
   for record in input_records(source, index, reading, Report()):
     problem = record.problem or records.unwritable(record, format)
@@ -133,7 +131,7 @@ def read(item: tuple[int, Any], reading: DataConfig, format: str) -> Iterator[An
 
 
 class Score(beam.DoFn):
-  """Batches of (text, body) -> (bodies, scores [n], coins [n]); one rater for all of a process."""
+  """Batches of (text, body) -> (bodies, scores [n], coins [n])."""
 
   def __init__(self, workdir: str, score_batch: int, seed: int):
     self.workdir, self.score_batch, self.seed = workdir, score_batch, seed
@@ -150,7 +148,7 @@ class Score(beam.DoFn):
       rater.score, texts, rater.tokenizer, rater.config.sequence_length, self.score_batch
     )
     if not np.isfinite(scores).all():
-      raise ValueError("the rater gives scores that are not finite: its training diverged")
+      raise ValueError("the rater gives non-finite scores: its training diverged")
     yield bodies, scores, np.array([selection.coin(self.seed, text) for text in texts])
     yield TaggedOutput("scores", scores)
     yield TaggedOutput("counts", ("documents", len(scores)))
@@ -158,14 +156,14 @@ class Score(beam.DoFn):
 
 
 class _Rater:
-  """Beam shares objects that can be weakly referenced; a NamedTuple cannot."""
+  """Shared by a process's workers. Beam takes weak references, which a NamedTuple lacks."""
 
   def __init__(self, workdir: str):
     self.opened = rating.open_rater(workdir)
 
 
 class Sorted(beam.CombineFn):
-  """Arrays -> all their entries, sorted."""
+  """Concatenates and sorts arrays."""
 
   def create_accumulator(self):
     return []
@@ -196,7 +194,7 @@ def select(batch, ordered: np.ndarray, batch_size: int, discard: float | None) -
 
 
 def finish(job: jobs.Job, output: Path) -> None:
-  """Checks the share of rejects and writes the manifest from what the pipeline counted."""
+  """Checks the share of rejects and writes the manifest from the pipeline's counts."""
   lines, intermediate = {}, []
   for name in ("rejects", "cdf", "counts"):
     paths = sorted(output.glob(f"{name}-*-of-*"))

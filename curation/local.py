@@ -1,9 +1,9 @@
-"""Curation on this host or on several that share a folder: score, select, write, resume.
+"""Curates on one host or on several that share a folder: score, select, write, resume.
 
 Pass 1: shards of --shard_records are assigned round-robin; each host reads all records but
 tokenizes and scores only its own shards. Pass 2: each host writes a contiguous range of parts,
-reading from the first of them. The output is the same bytes for any number of hosts, and another
-number of hosts may resume a run.
+reading from the first of them. The output is byte-identical for any number of hosts, and a
+different number may resume a run.
 """
 
 import collections
@@ -34,7 +34,7 @@ from runtime.workdir import StopSignal
 
 
 def curate(config: Config, output: Path) -> None:
-  """Scores, selects and writes, from where an earlier call was interrupted."""
+  """Scores, selects and writes; resumes an interrupted run."""
   job = open_job(config, output)
   if hosts.is_leader():
     for unfinished in output.rglob(f"{UNFINISHED}*"):
@@ -54,15 +54,14 @@ def curate(config: Config, output: Path) -> None:
 
 
 class Stopped(Exception):
-  """SIGTERM or Ctrl-C came to any host; the next call resumes from what is written."""
+  """A host received SIGTERM or Ctrl-C; the next call resumes from the files written so far."""
 
 
-# Pass 1: the scores of every `shard_records` records, in scores/00000.npz, ...; in rounds of one
-# shard per host.
+# Pass 1: scores of each shard, in scores/00000.npz, ...; in rounds of one shard per host.
 
 
 class Scored(NamedTuple):
-  """A shard of the input, scored."""
+  """A scored shard of the input."""
 
   scores: np.ndarray  # [documents] float32
   coins: np.ndarray  # [documents] float64
@@ -70,8 +69,8 @@ class Scored(NamedTuple):
 
 
 def score(job: Job, output: Path, stop: StopSignal) -> None:
-  """Scores the shards that are not scored yet. A batch holds documents of one shard only, so scores
-  depend neither on interruptions nor on the number of hosts."""
+  """Scores the missing shards. A batch holds documents of one shard only, so that scores depend
+  neither on interruptions nor on the number of hosts."""
   folder = output / "scores"
   folder.mkdir(exist_ok=True)
   done = scored(output)
@@ -79,12 +78,11 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
   start = unbroken(done)
   if start and start[-1].about.next is None:
     return
-  before = sum(len(shard.scores) for shard in start)
-  count = sum(len(shard.scores) for shard in done.values())
-  devices = sorted(jax.tree.leaves(job.rater.eta)[0].devices(), key=lambda device: device.id)
+  before, earlier = (sum(len(x.scores) for x in shards) for shards in (start, done.values()))
+  devices = list(jax.tree.leaves(job.rater.eta)[0].devices())
   where = f"{devices[0].device_kind} x {len(devices)}"
   where += f" on each of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-  hosts.say(f"device {where}, {count} documents scored before")
+  hosts.say(f"device {where}, {earlier} documents scored before")
   began, tokens_here = time.monotonic(), 0
   with progress_bar("scoring", before, unit=" documents", smoothing=0.1) as bar:
     for own_shards, after in ahead(prepared(job, done, start)):
@@ -103,12 +101,11 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
         if about.read:  # an estimate; the hub gives none
           total = round(about.documents / about.read)
           bar.total = min(total, job.config.max_documents or total)
-        with contextlib.suppress(Stopped):  # all hosts learn of it at the end of the round
+        with contextlib.suppress(Stopped):  # all hosts stop at the end of the round
           scores = rating.score_rows(job.rater.score, rows, len(coins), progress)
           check(
             bool(np.isfinite(scores).all()),
-            f"the rater of {job.config.rater} gives scores that are not finite: its training "
-            "diverged",
+            f"the rater of {job.config.rater} gives non-finite scores: its training diverged",
           )
           contents = {"scores": scores, "coins": coins, "about": np.array(json.dumps(about))}
           path = folder / f"{number:05d}.npz"
@@ -137,24 +134,24 @@ def unbroken(done: dict[int, Scored]) -> list[Scored]:
 def prepared(
   job: Job, done: dict[int, Scored], start: list[Scored]
 ) -> Iterator[tuple[list[tuple], int]]:
-  """Yields for each round (this host's shards [(number, batches, coins, about)], at most one, and
-  the number of documents in the input up to the end of the round)."""
+  """Yields for each round this host's shards [(number, batches, coins, about)], at most one, and
+  the number of documents from the start of the input to the end of the round."""
   n, host = jax.process_count(), jax.process_index()
-  kept = lambda number: number not in done and (number - len(start)) % n == host
-  following = read(job, start, kept)
-  while of_round := list(itertools.islice(following, n)):
-    own = [(shard.number, *prepare(job, shard)) for shard in of_round if shard.records]
-    yield own, of_round[-1].documents
+  wanted = lambda number: number not in done and (number - len(start)) % n == host
+  shards = read(job, start, wanted)
+  while turn := list(itertools.islice(shards, n)):
+    own = [(shard.number, *prepare(job, shard)) for shard in turn if shard.records]
+    yield own, turn[-1].documents
 
 
-def read(job: Job, done: list[Scored], kept: Callable[[int], bool]) -> Iterator[records.Shard]:
-  """The shards of the input after those `done`."""
+def read(job: Job, done: list[Scored], wanted: Callable[[int], bool]) -> Iterator[records.Shard]:
+  """The shards of the input that follow the first ones, `done`."""
   abouts = [shard.about for shard in done]
-  return records.read(job.reading, job.format, job.config.shard_records, abouts, kept)
+  return records.read(job.reading, job.format, job.config.shard_records, abouts, wanted)
 
 
 def prepare(job: Job, shard: records.Shard) -> tuple[list[rating.Rows], np.ndarray, About]:
-  """The batches and coins of a shard's documents, and what is kept of the shard."""
+  """The batches and coins of a shard's documents, and its description."""
   rater, config = job.rater, job.config
   texts = [record.document.text for record in shard.usable]
   rows = rating.make_rows(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
@@ -164,7 +161,7 @@ def prepare(job: Job, shard: records.Shard) -> tuple[list[rating.Rows], np.ndarr
 
 
 def ahead(iterator: Iterator) -> Iterator:
-  """Yields the same items; a thread prepares the next one while one is used."""
+  """Yields the same items; a thread prepares the next one meanwhile."""
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     future = pool.submit(next, iterator, None)
     while (item := future.result()) is not None:
@@ -180,13 +177,13 @@ def progress_bar(name: str, before: int, **options) -> tqdm.tqdm:
 
 
 def write(job: Job, output: Path, stop: StopSignal) -> None:
-  """Writes the missing parts, each host a contiguous range; then the leader writes the rejects and
+  """Writes the missing parts, each host a contiguous range; the leader then writes the rejects and
   the manifest."""
-  found = scored(output)
-  done = list(found.values())
+  by_number = scored(output)
+  done = list(by_number.values())
   paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]
   missing = [i for i, path in enumerate(paths) if not path.exists()]
-  hosts.agree_on(output, [list(found), missing])
+  hosts.agree_on(output, [list(by_number), missing])
   scores, coins = (np.concatenate([shard[i] for shard in done]) for i in (0, 1))
   ends = np.cumsum([len(shard.scores) for shard in done])
   ordered = np.sort(scores)
@@ -205,7 +202,7 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
   own = missing[jax.process_index() * turns :][:turns]
   to_write = read_again(job, done, own)
   with progress_bar("writing", len(scores) - size(missing), total=len(scores)) as bar:
-    for turn in range(turns):  # the same number on each host; the last may have no part left
+    for turn in range(turns):  # as many on each host, though the last may have fewer parts
       for part in own[turn : turn + 1]:
         records.write(paths[part], next(to_write), parts[part], schema)
       bar.update(size(missing[turn::turns]))
@@ -226,17 +223,16 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
 
 
 def read_again(job: Job, done: list[Scored], parts: list[int]) -> Iterator[list[Record]]:
-  """Yields the documents of these parts, in order.
+  """Yields the records of these parts, in order.
 
   Raises:
-    UserError: they are not where they were when they were scored.
+    UserError: the input has changed since it was scored.
   """
-  ends = np.cumsum([len(shard.scores) for shard in done])
-  rest = read(job, done[: parts[0]], set(parts).__contains__)
+  shards = read(job, done[: parts[0]], set(parts).__contains__)
   for number in range(parts[0], parts[-1] + 1):
-    shard, place = next(rest, None), done[number].about.next
+    shard, about = next(shards, None), done[number].about
     check(
-      shard is not None and shard.next == place and shard.documents == ends[number],
+      shard is not None and (shard.next, shard.documents) == (about.next, about.documents),
       f"{', '.join(job.config.data)} changed while it was read: start again with another --output",
     )
     if shard.records:
@@ -244,10 +240,10 @@ def read_again(job: Job, done: list[Scored], parts: list[int]) -> Iterator[list[
 
 
 def select(config: Config, scores, coins, ordered) -> tuple[np.ndarray, ...]:
-  """The new fields of the documents [n]: score, quantile and, unless --score_only, keep."""
-  quantiles, B, rho = selection.quantiles(scores, ordered), config.batch_size, config.discard
+  """The new fields [n]: score, quantile and, unless --score_only, keep."""
+  quantiles, B, discard = selection.quantiles(scores, ordered), config.batch_size, config.discard
   if config.score_only:
     return scores, quantiles
   if config.selection == "top_k":
-    return scores, quantiles, selection.top_k(scores, B, rho, config.seed)
-  return scores, quantiles, selection.pointwise(quantiles, coins, B, rho)
+    return scores, quantiles, selection.top_k(scores, B, discard, config.seed)
+  return scores, quantiles, selection.pointwise(quantiles, coins, B, discard)

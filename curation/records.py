@@ -1,10 +1,10 @@
-"""Reads records in shards and writes each as it was, with new fields after its own; the manifest.
+"""Reads records in shards and writes each unchanged with new fields appended; the manifest.
 
-JSONL, not compressed: the line of a JSON record is kept byte for byte, up to its last brace. Other
-records become an object; values that JSON lacks (bytes, dates) make a record unusable. A piece of a
-text file becomes its `id` and its text. Parquet: rows of Parquet files keep their columns and
-types. JSON records get the union of all columns, with null for a missing field; a field of two
-kinds is an error.
+JSONL (uncompressed): JSON lines are copied byte for byte up to their last brace. Other records
+become objects; a value that JSON lacks (bytes, dates) makes a record unusable. A part of a text
+file becomes an object of `id` and text.
+Parquet: rows of Parquet files keep their columns and types. Other records get the union of all
+columns, null where a field is missing; a field of two kinds is an error.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Shard(NamedTuple):
   """Consecutive records of the input."""
 
   number: int
-  records: list[Record]  # empty if they were only counted
-  next: list[int] | None  # (input, index) of the record after them; None at the end
-  documents: int  # documents of the input up to their end
+  records: list[Record]  # empty if the shard was only counted
+  next: list[int] | None  # (input, index) of the first record after it; None at the end
+  documents: int  # documents from the start of the input to the end of the shard
 
   @property
   def usable(self) -> list[Record]:
@@ -43,42 +43,42 @@ class Shard(NamedTuple):
 
 
 class About(NamedTuple):
-  """What is kept of a shard when its records are dropped."""
+  """A shard without its records."""
 
   next: list[int] | None  # as in Shard
   records: int
   documents: int  # as in Shard
   rejects: list[dict[str, Any]]  # file, record, reason
-  read: float  # share of all input files up to the shard's end; 0 if unknown
-  schema: str | None  # of records that are not rows of Parquet, in hexadecimal
+  read: float  # share of the input's bytes up to the shard's end; 0 if unknown
+  schema: str | None  # of the records of other formats than Parquet, in hexadecimal
   tokens: int  # scored
 
 
 def read(
-  reading: DataConfig, format: str, size: int, before: list[About], kept: Callable[[int], bool]
+  reading: DataConfig, format: str, size: int, before: list[About], wanted: Callable[[int], bool]
 ) -> Iterator[Shard]:
-  """Yields the shards of `size` records after those of `before`. The records of a shard whose
-  number is not `kept` are only counted."""
-  counts, place = Report(), (0, 0)
+  """Yields the shards of `size` records that follow the shards `before`. A shard whose number is
+  not `wanted` is only counted."""
+  counts, start = Report(), (0, 0)
   if before:
-    counts.records, place = sum(about.records for about in before), before[-1].next
+    counts.records, start = sum(about.records for about in before), before[-1].next
     for reject in itertools.chain.from_iterable(about.rejects for about in before):
       counts.skipped[reject["reason"]] += 1
 
-  records = checked(reading, format, counts, tuple(place))
+  records = checked(reading, format, counts, tuple(start))
   number, first = len(before), next(records, None)
   while first is not None:
     shard = itertools.chain([first], itertools.islice(records, size - 1))
-    shard = collections.deque(shard, maxlen=None if kept(number) else 0)
+    shard = collections.deque(shard, maxlen=None if wanted(number) else 0)
     documents = counts.records - sum(counts.skipped.values())
-    first = next(records, None)  # at the end the share of unusable records is judged
+    first = next(records, None)  # raises at the end if too many records are unusable
     yield Shard(number, list(shard), first and list(first[:2]), documents)
     number += 1
 
 
 def describe(shard: Shard, inputs: list[Input], format: str, tokens: int) -> About:
-  sizes, end = [item.stamp[0] for item in inputs], shard.records[-1]
-  read = (sum(sizes[: end.input]) + sizes[end.input] * end.read) / max(sum(sizes), 1)
+  sizes, last = [item.stamp[0] for item in inputs], shard.records[-1]
+  read = (sum(sizes[: last.input]) + sizes[last.input] * last.read) / max(sum(sizes), 1)
   inferred = [record for record in shard.usable if not isinstance(record.original, tuple)]
   schema = None
   if format == "parquet" and inferred:
@@ -88,15 +88,21 @@ def describe(shard: Shard, inputs: list[Input], format: str, tokens: int) -> Abo
     for x in shard.records
     if x.problem
   ]
-  read = 0 if math.isnan(read) else read
-  records = len(shard.records)
-  return About(shard.next, records, shard.documents, rejects, read, schema, tokens)
+  return About(
+    next=shard.next,
+    records=len(shard.records),
+    documents=shard.documents,
+    rejects=rejects,
+    read=0 if math.isnan(read) else read,
+    schema=schema,
+    tokens=tokens,
+  )
 
 
 def checked(
   reading: DataConfig, format: str, counts: Report | None = None, start: tuple[int, int] = (0, 0)
 ) -> Iterator[Record]:
-  """Yields the records from `start` on; one that cannot be written in the format is unusable."""
+  """Yields the records from `start`; one that cannot be written in the format is unusable."""
   counts = Report() if counts is None else counts
   for record in corpus_records(reading, counts, start):
     if record.document and (problem := unwritable(record, format)):
@@ -107,8 +113,9 @@ def checked(
 
 def unwritable(record: Record, format: str) -> str:
   """Why a usable record cannot be written in that format; "" if it can."""
-  if taken := [name for name in FIELDS if name in record.value]:
-    return f"has a field {taken[0]!r} already"
+  for name in FIELDS:
+    if name in record.value:
+      return f"has a field {name!r} already"
   try:
     if format == "jsonl" and not isinstance(record.original, bytes):
       json_line(record)
@@ -133,7 +140,7 @@ def with_fields(line: bytes, fields: Mapping[str, Any]) -> bytes:
 
 
 def common_schema(schemas: list[pa.Schema]) -> pa.Schema:
-  """The union of their columns, each of a type that holds all its types."""
+  """The union of their columns; a column's types are promoted to one that holds them all."""
   try:
     return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
   except pa.ArrowException as error:
@@ -150,7 +157,7 @@ def file_schema(path: str) -> pa.Schema:
 
 
 def inferred_schema(records: list[Record]) -> pa.Schema:
-  """The schema of records that are not rows of Parquet."""
+  """The schema of records of other formats than Parquet."""
   try:
     return pa.schema(list(pa.array(map(_value, records)).type))
   except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
@@ -163,7 +170,7 @@ def inferred_schema(records: list[Record]) -> pa.Schema:
 def write(
   path: Path, records: list[Record], columns: dict[str, np.ndarray], schema: pa.Schema | None
 ) -> None:
-  """Writes the records and their new fields atomically; JSONL without a schema."""
+  """Writes a part atomically: the records with their new columns; JSONL if there is no schema."""
   if schema is None:
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     lines = (with_fields(json_line(x), row) for x, row in zip(records, rows, strict=True))
@@ -195,7 +202,7 @@ def _table(records: list[Record], schema: pa.Schema) -> pa.Table:
 
 
 def _value(record: Record) -> dict:
-  """A record's fields; a piece of a text file has only its text, and gets its id."""
+  """A record's fields; a part of a text file gets its id as well."""
   if record.original is None and len(record.value) == 1:
     return {"id": record.document.id} | record.value
   return record.value
@@ -209,14 +216,14 @@ def counts(columns: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def cdf(ordered: np.ndarray) -> dict[str, list[float]]:
-  """The score at 1,001 even quantiles: the lowest that this share of all does not exceed."""
-  places = np.linspace(0, 1, 1001)
-  scores = np.quantile(ordered, places, method="inverted_cdf")
-  return {"quantile": places.round(3).tolist(), "score": scores.astype(float).tolist()}
+  """The scores at the quantiles 0, 0.001, ..., 1."""
+  quantiles = np.linspace(0, 1, 1001)
+  scores = np.quantile(ordered, quantiles, method="inverted_cdf")
+  return {"quantile": quantiles.round(3).tolist(), "score": scores.astype(float).tolist()}
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
-  """manifest.json: the last file to appear."""
+  """Writes manifest.json, which marks a run as complete."""
   write_text(output / "manifest.json", json.dumps(manifest, indent=1))
 
 

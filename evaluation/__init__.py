@@ -1,1 +1,1 @@
-"""Do models train better on what a rater keeps? Policies compared like for like."""
+"""Trains language models on the text that each policy keeps, and compares them."""

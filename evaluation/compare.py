@@ -1,12 +1,13 @@
 """Compares selection policies by their learning curves: table, compute fractions and figures.
 
-A run's folder holds curve.jsonl, a line for each evaluation: `step`, `train` (mean loss on the
-training batches since the last evaluation), `nll` {evaluation set: nats per token} and `accuracy`
-{task: share of questions}.
+A run's folder holds curve.jsonl, a line per evaluation: `step`, `train` (mean loss on the training
+batches since the last evaluation), `nll` {evaluation set: nats per token} and `accuracy` {task:
+share of questions answered right}.
 """
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import selection
 from runtime.figures import BLUE, STYLE, save_figure, short
 from runtime.files import write_text
 
-STYLES = {  # colors of Okabe and Ito, which color-blind readers tell apart
+STYLES = {  # color-blind-safe colors of Okabe and Ito
   policy: {"color": color, "linestyle": (0, dashes), "marker": marker}
   for policy, color, dashes, marker in zip(
     selection.POLICIES,
@@ -29,12 +30,12 @@ STYLES = {  # colors of Okabe and Ito, which color-blind readers tell apart
     strict=True,
   )
 }
-MAX_PANELS, COLUMNS = 24, 4  # of learning_curves.png
-MAX_MODELS = 8  # in compute.png
+MAX_PANELS, COLUMNS = 24, 4  # learning_curves.png
+MAX_MODELS = 8  # compute.png
 
 
 class Costs(NamedTuple):
-  """Sizes of models and runs, from which FLOPs are counted."""
+  """Sizes of models and runs; FLOPs are counted from them."""
 
   parameters: dict[str, int]  # by size
   rater: int  # parameters
@@ -65,11 +66,11 @@ def compute_fraction(
   overhead: float = 0.0,
   higher_is_better: bool = False,
 ) -> float | None:
-  """The share of the baseline's compute that matches its final value (the paper's Fig. 1):
+  """The share of the baseline's compute that reaches its final value (the paper's Fig. 1):
 
-    s * (1 + overhead), s = steps at which the curve first reaches `baseline_final` / its steps,
+    (steps at which the curve first reaches `baseline_final`) / baseline_steps * (1 + overhead),
 
-  linear between evaluations. None where the curve never reaches it.
+  interpolated linearly between evaluations. None if the curve never reaches it.
   """
   sign = -1 if higher_is_better else 1
   gaps = [sign * (value - baseline_final) for value in values]
@@ -83,8 +84,8 @@ def compute_fraction(
 
 
 def rating_overhead(scorer_parameters: int, lm_parameters: int, discard: float) -> float:
-  """FLOPs of rating the oversampled batch over those of a training step on the kept batch:
-  2 N_rater / (1 - rho) per kept token over 6 N_lm."""
+  """FLOPs of rating the oversampled batch / FLOPs of a training step on the kept batch: per kept
+  token 2 N_rater / (1 - rho) over 6 N_lm."""
   return 2 * scorer_parameters / (1 - discard) / (6 * lm_parameters)
 
 
@@ -106,14 +107,15 @@ def read_curve(workdir: Path, run) -> list[dict]:
 def write(workdir: Path, runs: list, sweep: list, costs: Costs, benchmarks: dict) -> str:
   """Writes results.json, table.md and the figures; returns the table.
 
-  benchmarks: {task: {"questions": their number, "chance": accuracy of random choices}}.
+  Args:
+    runs, sweep: lists of plan.Run, all trained.
+    benchmarks: {task: {"questions": their number, "chance": accuracy of random choices}}.
   """
-  curves = {run: read_curve(workdir, run) for run in dict.fromkeys([*runs, *sweep])}
-  results = {"costs": json.loads(json.dumps(costs._asdict(), default=lambda x: x._asdict()))}
-  results["models"] = {
-    model: _compare(model, [r for r in runs if r.model == model], curves, costs)
-    for model in dict.fromkeys(run.model for run in runs)
-  }
+  curves = {run: read_curve(workdir, run) for run in [*runs, *sweep]}
+  recipes = {size: recipe._asdict() for size, recipe in costs.recipes.items()}
+  results = {"costs": costs._asdict() | {"recipes": recipes}}
+  models = _distinct(runs, "model")
+  results["models"] = {model: _compare(model, runs, curves, costs) for model in models}
   if sweep:
     results["sweep"] = _sweep(sweep, curves)
     save_figure(workdir / "discard.png", _plot_sweep(results["sweep"], sweep[0].model))
@@ -128,14 +130,14 @@ def write(workdir: Path, runs: list, sweep: list, costs: Costs, benchmarks: dict
 
 
 def metrics_of(row: dict) -> dict[tuple[str, str], float]:
-  """(kind, name) -> value, of one line of a curve."""
+  """(kind, name) -> value, from one line of a curve."""
   return {(kind, n): v for kind in ("nll", "accuracy") for n, v in row.get(kind, {}).items()}
 
 
 def panels(models: list[str], metrics: list) -> list[tuple]:
   """The (model, metric) pairs of the learning curves, at most MAX_PANELS.
 
-  Every model gets as many metrics, with the first evaluation sets and the first tasks among them.
+  All models get the same metrics: the first evaluation sets and the first tasks.
   """
   models = models[:MAX_PANELS]
   kinds = [kind for kind, _ in metrics]
@@ -146,32 +148,41 @@ def panels(models: list[str], metrics: list) -> list[tuple]:
 
 def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
   """policy -> metric -> final values by seed; compute fractions of each seed and of the mean."""
-  members = {}
-  for run in runs:
-    members.setdefault(run.policy, []).append(run)
   out = {}
-  for policy, mine in members.items():
-    discard = mine[0].discard
-    overhead = costs.overhead(model, policy, discard)
-    out[policy] = {"discard": discard, "overhead": overhead, "metrics": {}}
-    for metric in metrics_of(curves[mine[0]][-1]):
-      steps, values = _by_seed(mine, curves, metric)
-      _, baseline = _by_seed(members["none"], curves, metric)
-
-      def fraction(curve, final, steps=steps, overhead=overhead, metric=metric):
-        higher = metric[0] == "accuracy"
-        return compute_fraction(steps, curve, steps[-1], final, overhead, higher)
-
-      out[policy]["metrics"]["/".join(metric)] = {
-        "final": values[:, -1].tolist(),
-        "mean": float(values[:, -1].mean()),
-        "sd": float(values[:, -1].std(ddof=1)) if len(values) > 1 else None,
-        "compute_fraction": fraction(values.mean(0), baseline[:, -1].mean()),
+  for policy in _distinct(runs, "policy"):
+    seeds = _select(runs, model, policy)
+    overhead = costs.overhead(model, policy, seeds[0].discard)
+    metrics = {}
+    for metric in metrics_of(curves[seeds[0]][-1]):
+      steps, values = _by_seed(seeds, curves, metric)
+      final = values[:, -1]
+      baseline = _by_seed(_select(runs, model, "none"), curves, metric)[1][:, -1]
+      fraction = partial(
+        compute_fraction,
+        steps,
+        baseline_steps=steps[-1],
+        overhead=overhead,
+        higher_is_better=metric[0] == "accuracy",
+      )
+      metrics["/".join(metric)] = {
+        "final": final.tolist(),
+        "mean": float(final.mean()),
+        "sd": float(final.std(ddof=1)) if len(final) > 1 else None,
+        "compute_fraction": fraction(values.mean(0), baseline_final=baseline.mean()),
         "compute_fraction_by_seed": [
-          fraction(v, b) for v, b in zip(values, baseline[:, -1], strict=True)
+          fraction(v, baseline_final=b) for v, b in zip(values, baseline, strict=True)
         ],
       }
+    out[policy] = {"discard": seeds[0].discard, "overhead": overhead, "metrics": metrics}
   return out
+
+
+def _distinct(runs: list, field: str) -> list[str]:
+  return list(dict.fromkeys(getattr(run, field) for run in runs))
+
+
+def _select(runs: list, model: str, policy: str) -> list:
+  return [run for run in runs if run.model == model and run.policy == policy]
 
 
 def _by_seed(runs: list, curves: dict, metric) -> tuple[list[int], np.ndarray]:
@@ -201,25 +212,24 @@ def _table(results: dict, costs: Costs) -> str:
       f"**{model}** ({costs.parameters[model]:,} parameters, {recipe.steps:,} steps, {tokens:,} "
       f"tokens, {seeds} seeds; rater {costs.rater:,} parameters)",
       "",
-      "| policy | rho | " + " | ".join(names) + " | compute to match `none` on validation |",
+      f"| policy | rho | {' | '.join(names)} | compute to match `none` on validation |",
       "|---" * (len(metrics) + 3) + "|",
     ]
     for policy, result in policies.items():
-      cells = []
-      for metric in metrics:
-        value = result["metrics"][metric]
+      cells = [policy, f"{result['discard']:g}"]
+      for value in result["metrics"].values():
         spread = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
         cells.append(f"{value['mean']:.3f}{spread}")
       validation = result["metrics"]["nll/validation"]
-      cell = _percent(validation["compute_fraction"])
+      cells.append(_percent(validation["compute_fraction"]))
       if policy != "none" and seeds > 1:
-        each = ", ".join(_percent(f) for f in validation["compute_fraction_by_seed"])
-        cell += f" (by seed {each})"
-      lines.append(f"| {policy} | {result['discard']:g} | {' | '.join(cells)} | {cell} |")
+        each = ", ".join(map(_percent, validation["compute_fraction_by_seed"]))
+        cells[-1] += f" (by seed {each})"
+      lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
   lines.append(
-    "NLL in nats per token at the end, mean ± sd over seeds; compute counts the rater's inference "
-    "on the oversampled batches; never: not reached."
+    "NLL in nats per token at the end, mean ± sd over seeds; compute includes rating the "
+    "oversampled batches; never: not reached."
   )
   if results["benchmarks"]:
     tasks = "; ".join(
@@ -228,8 +238,9 @@ def _table(results: dict, costs: Costs) -> str:
     )
     lines += ["", f"Accuracy on {tasks}."]
   if "sweep" in results:
-    means = {rho: np.mean(v) for rho, v in results["sweep"]["selection"].items()}
-    swept = ", ".join(f"{rho}: {mean:.3f}" for rho, mean in means.items())
+    swept = ", ".join(
+      f"{rho}: {np.mean(v):.3f}" for rho, v in results["sweep"]["selection"].items()
+    )
     lines += ["", f"Sweep of rho, NLL on `selection` (0 = none): {swept}."]
   return "\n".join(lines)
 
@@ -240,12 +251,12 @@ def _percent(fraction: float | None) -> str:
 
 def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
   """Mean and range over seeds: a panel for each size and metric, a line for each policy."""
-  models, policies = (list(dict.fromkeys(run[i] for run in runs)) for i in (0, 1))
+  models, policies = _distinct(runs, "model"), _distinct(runs, "policy")
   metrics = [m for m in metrics_of(curves[runs[0]][-1]) if m[1] != "selection"]
   shown, total = panels(models, metrics), len(models) * len(metrics)
-  models = list(dict.fromkeys(model for model, _ in shown))
-  each = len(shown) // len(models)
-  rows = -(-each // COLUMNS)  # for each model
+  models = models[:MAX_PANELS]
+  each = len(shown) // len(models)  # panels of a model
+  rows = -(-each // COLUMNS)
   columns = -(-each // rows)
   size = max(3.8 * columns, 6), 3 * rows * len(models) + 0.6
   figure, axes = plt.subplots(rows * len(models), columns, figsize=size, squeeze=False)
@@ -256,14 +267,13 @@ def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
     kind, name = metric
     title, heights = f"{model}: {short(name)}", []
     for policy in policies:
-      members = [run for run in runs if run.model == model and run.policy == policy]
-      steps, values = _by_seed(members, curves, metric)
+      steps, values = _by_seed(_select(runs, model, policy), curves, metric)
       style = STYLES[policy] | {"markevery": max(1, len(steps) // 5), "markersize": 4}
       axis.plot(steps, values.mean(0), **style, label=policy, linewidth=1.3)
       axis.fill_between(
         steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0
       )
-      heights += [*values[:, len(steps) // 5 :].flat]  # the first steps would set the scale
+      heights += [*values[:, len(steps) // 5 :].flat]  # the first steps would dominate the scale
       if policy == "none":
         axis.axhline(values[:, -1].mean(), color="black", linewidth=0.5, label="none, at the end")
     if kind == "accuracy" and name in benchmarks:
@@ -284,20 +294,19 @@ def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
   return figure
 
 
-def _legend(figure: Figure, axis: Axes, left_out: int, what: str) -> None:
-  """Outside of the axes, with a note on what the figure leaves out."""
-  note = f"{left_out} more {what} not shown: table.md has all results" if left_out else None
-  entries, where = axis.get_legend_handles_labels(), "outside upper center"
-  figure.legend(*entries, title=note, fontsize=8, ncols=4, handlelength=4, loc=where)
+def _legend(figure: Figure, axis: Axes, left_out: int = 0, things: str = "") -> None:
+  """Outside of the axes, with a note on the things that the figure leaves out."""
+  note = f"{left_out} more {things} not shown: table.md has all results" if left_out else None
+  entries, place = axis.get_legend_handles_labels(), "outside upper center"
+  figure.legend(*entries, title=note, fontsize=8, ncols=4, handlelength=4, loc=place)
 
 
 def _plot_compute(models: dict) -> Figure:
-  """Share of the baseline's compute that reaches its final NLL on validation (Fig. 1)."""
+  """The share of the baseline's compute that reaches its final NLL on validation (Fig. 1)."""
   shown = list(models)[:MAX_MODELS]
   policies = [policy for policy in models[shown[0]] if policy != "none"]
   width = 0.8 / max(len(policies), 1)
-  size = max(4.5, 1 + 0.3 * len(shown) * (len(policies) + 1)), 4
-  figure, axis = plt.subplots(figsize=size)
+  figure, axis = plt.subplots(figsize=(max(4.5, 1 + 0.3 * len(shown) * (len(policies) + 1)), 4))
   for k, policy in enumerate(policies):
     for i, model in enumerate(shown):
       fraction = models[model][policy]["metrics"]["nll/validation"]["compute_fraction"]
@@ -328,5 +337,5 @@ def _plot_sweep(sweep: dict, model: str) -> Figure:
   axis.set_xlabel("discard fraction")
   axis.set_ylabel("nats per token at the end")
   axis.set_title(model, fontsize=10)
-  _legend(figure, axis, 0, "")
+  _legend(figure, axis)
   return figure

@@ -1,4 +1,4 @@
-"""What evaluate.py trains: its settings, the list of runs, and their FLOPs."""
+"""The plan of evaluate.py: settings, the list of runs, their FLOPs."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from config import Config as RaterConfig
 from config import make_rater
 from corpus.tokenizer import load_tokenizer
 from evaluation import compare, pretrain
+from evaluation.multiple_choice import TASKS
 from kernels import BACKENDS
 from rating import rater_config
 from runtime.cli import check, check_fields, option
@@ -23,23 +24,23 @@ class Config:
   """All that determines the results. Every field is a flag."""
 
   rater: str = option(
-    "", "workdir of the trained rater, whose data and tokenizer are used", section="Corpus"
+    "", "workdir of the trained rater, its data and tokenizer (required)", section="Corpus"
   )
-  data: tuple[str, ...] = option((), "as in train.py; default the rater's, as the next five")
-  outer_data: tuple[str, ...] = option((), "as in train.py")
-  text_field: str | None = option(None, "as in train.py")
-  source_field: str | None = option(None, "as in train.py")
-  noise_field: str | None = option(None, "as in train.py")
-  max_documents: int | None = option(None, "as in train.py", at_least=1)
+  data: tuple[str, ...] = option((), "as in train.py; default the rater's")
+  outer_data: tuple[str, ...] = option((), "as in train.py; default the rater's")
+  text_field: str | None = option(None, "as in train.py; default the rater's")
+  source_field: str | None = option(None, "as in train.py; default the rater's")
+  noise_field: str | None = option(None, "as in train.py; default the rater's")
+  max_documents: int | None = option(None, "as in train.py; default the rater's", at_least=1)
 
   models: tuple[str, ...] = option(
-    ("tiny",), "sizes to train", choices=transformer.PRESETS, section="What is compared"
+    ("tiny",), "sizes of the models", choices=transformer.PRESETS, section="Comparison"
   )
   policies: tuple[str, ...] = option(
     selection.POLICIES, "how training sequences are selected", choices=selection.POLICIES
   )
   discard: float = option(
-    0.5, "rho, the share of a pool that each policy but none discards", at_least=0, below=1
+    0.5, "rho, share of a pool that every policy except none discards", at_least=0, below=1
   )
   sweep_discard: tuple[float, ...] = option(
     (),
@@ -47,7 +48,9 @@ class Config:
     at_least=0,
     below=1,
   )
-  seeds: tuple[int, ...] = option((0, 1, 2), "of parameters and order; each policy with each")
+  seeds: tuple[int, ...] = option(
+    (0, 1, 2), "seeds of parameters and order; every policy is trained with each"
+  )
   scorer: str | None = option(
     None,
     "size of the perplexity scorer; default the smallest of --models",
@@ -58,7 +61,7 @@ class Config:
     None,
     "N, sequences of a batch; default by size",
     at_least=1,
-    section="How models are trained",
+    section="Training",
   )
   steps: int | None = option(
     None, "updates, rounded up to a multiple of --evaluations; default by size", at_least=1
@@ -67,24 +70,20 @@ class Config:
     None, "peak of the cosine schedule; default by size", at_least=0
   )
   dtype: str = option(
-    "float32", "of activations and matmul inputs", choices=("float32", "bfloat16")
+    "float32", "type of activations and matmul inputs", choices=("float32", "bfloat16")
   )
   loss_backend: str = option("xla", "kernels of the fused loss", choices=BACKENDS)
   attention_backend: str = option("xla", "kernels of attention", choices=transformer.ATTENTION)
 
-  evaluations: int = option(
-    20, "points of a learning curve", at_least=1, section="What they are measured on"
-  )
+  evaluations: int = option(20, "points of a learning curve", at_least=1, section="Measurement")
   eval_sequences: int = option(
-    256, "sequences of each evaluation set, at most, evenly spaced", at_least=1
+    256, "sequences of an evaluation set at most, evenly spaced", at_least=1
   )
-  eval_data: tuple[str, ...] = option((), "more texts for NLL, each name a set (as --data)")
+  eval_data: tuple[str, ...] = option((), "more texts for NLL, as in --data; each is a set")
   benchmarks: tuple[str, ...] = option(
-    (), "folder with multiple-choice tasks, or TASK=FILE, TASK=hf:NAME (multiple_choice.py)"
+    (), f"folder of multiple-choice tasks, TASK=FILE or TASK=hf:NAME ({', '.join(TASKS)})"
   )
-  benchmark_questions: int = option(
-    500, "questions of each task, at most, evenly spaced", at_least=1
-  )
+  benchmark_questions: int = option(500, "questions of a task at most, evenly spaced", at_least=1)
 
   def __post_init__(self):
     check(bool(self.rater), "name the folder of a trained rater with --rater")
@@ -102,7 +101,7 @@ class Run(NamedTuple):
   """One language model to train."""
 
   model: str
-  policy: str  # "scorer": the perplexity scorer, unselected batches of the outer split
+  policy: str  # or "scorer": the perplexity scorer, trained on the outer split without selection
   discard: float
   seed: int
 
@@ -137,39 +136,34 @@ def costs(config: Config) -> compare.Costs:
   settings = rater_settings(config)
   vocab_size = load_tokenizer(settings.tokenizer).vocab_size
 
-  def parameters(init):
+  def count(init):
     return transformer.parameter_count(jax.eval_shape(init, jax.random.PRNGKey(0)))
 
-  count = {
-    size: parameters(language_model(config, size, vocab_size).init)
-    for size in {*config.models, config.scorer} - {None}
-  }
+  sizes = {*config.models, config.scorer} - {None}
+  parameters = {size: count(language_model(config, size, vocab_size).init) for size in sizes}
+  overrides = {name: getattr(config, name) for name in pretrain.Recipe._fields}
   recipes = {
-    size: pretrain.RECIPES[size].scaled(
-      parameters,
-      settings.sequence_length,
-      **{k: getattr(config, k) for k in pretrain.Recipe._fields},
-    )
-    for size, parameters in count.items()
+    size: pretrain.RECIPES[size].scaled(n, settings.sequence_length, **overrides)
+    for size, n in parameters.items()
   }
-  rater = parameters(make_rater(settings, vocab_size).init)
-  scorer = config.scorer or min(config.models, key=count.get)
-  return compare.Costs(count, rater, scorer, recipes, settings.sequence_length)
+  rater = count(make_rater(settings, vocab_size).init)
+  scorer = config.scorer or min(config.models, key=parameters.get)
+  return compare.Costs(parameters, rater, scorer, recipes, settings.sequence_length)
 
 
 def rater_settings(config: Config) -> RaterConfig:
   """The rater's own configuration, with the corpus of --data if one is named."""
   settings = rater_config(config.rater)
   names = ("data", "outer_data", "text_field", "source_field", "noise_field", "max_documents")
-  given = {name: getattr(config, name) for name in names}
-  given = {name: value for name, value in given.items() if value not in (None, ())}
-  if "data" in given:
-    given = {"outer_data": (), "max_documents": None} | given
-  return dataclasses.replace(settings, **given)
+  changes = {name: getattr(config, name) for name in names}
+  changes = {name: value for name, value in changes.items() if value not in (None, ())}
+  if "data" in changes:
+    changes = {"outer_data": (), "max_documents": None} | changes
+  return dataclasses.replace(settings, **changes)
 
 
 def plan_text(config: Config) -> str:
-  """What will be trained, with its FLOPs: 6 N D of a model and 2 N a token rated."""
+  """Describes the runs and their FLOPs: 6 N D for training, 2 N per token rated."""
   c = costs(config)
   lines = [f"rater: {c.rater:,} parameters; perplexity scorer {c.scorer}"]
   lines.append(f"{'model':6} {'policy':12} {'rho':>5} {'runs':>4} {'steps':>7} {'TFLOP each':>11}")
@@ -188,15 +182,18 @@ def plan_text(config: Config) -> str:
       f"{model:6} {policy:12} {rho:5.2f} {len(members):4} {recipe.steps:7,} {flops / 1e12:11.4g}"
     )
   tokens = {m: r.steps * r.batch * c.sequence_length for m, r in c.recipes.items()}
-  seen = ", ".join(f"{m} {t:,} ({t / c.parameters[m]:.1f} a parameter)" for m, t in tokens.items())
+  seen = ", ".join(
+    f"{m} {t:,} ({t / c.parameters[m]:.1f} per parameter)" for m, t in tokens.items()
+  )
   lines.append(f"tokens seen by each model: {seen}")
-  also = "; if the sweep picks another rho, as many again for it" if config.sweep_discard else ""
-  return "\n".join([*lines, f"in all {total / 1e12:.4g} TFLOP{also}"])
+  note = " with --discard; the sweep may choose another rho" if config.sweep_discard else ""
+  return "\n".join([*lines, f"in all {total / 1e12:.4g} TFLOP{note}"])
 
 
 def model_config(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
-  how = dict(dtype=config.dtype, attention_backend=config.attention_backend)
-  return transformer.preset(size, vocab_size, **how)
+  return transformer.preset(
+    size, vocab_size, dtype=config.dtype, attention_backend=config.attention_backend
+  )
 
 
 @functools.cache  # equal models share their compiled programs

@@ -24,7 +24,7 @@ from runtime.workdir import Checkpoints, Metrics, StopSignal
 
 
 class Recipe(NamedTuple):
-  """How a size is trained."""
+  """The training settings of a model size."""
 
   learning_rate: float  # peak
   batch: int  # N, sequences
@@ -73,11 +73,12 @@ def pretrain(
 ) -> None:
   """Trains to recipe.steps, from the folder's last checkpoint if it has one.
 
-  The folder gets curve.jsonl (a line per evaluation: step, train, and the result of
-  `measure(params)`), checkpoints/ and, at the end, `done`. Interruptions do not change its bytes.
+  Writes curve.jsonl (a line per evaluation: step, train, and the result of `measure(params)`),
+  checkpoints/ and, at the end, `done`; bit-identical to an uninterrupted run.
 
   Args:
-    batches_from: call number -> batches [steps_per_call, N, S] from there on, a function of it.
+    batches_from: number of a call -> the batches [steps_per_call, N, S] of that call and the next
+      ones, a function of the number alone.
   """
   if hosts.as_leader((folder / "done").exists()):
     return
@@ -160,7 +161,7 @@ def adam(recipe: Recipe) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=0)
 def mean_nll(model: transformer.LanguageModel, params, rows: transformer.Batch) -> jax.Array:
-  """NLL in nats per token of rows [blocks, rows, S]: every counted token weighs the same."""
+  """NLL in nats per token of rows [blocks, rows, S], the mean over all counted tokens."""
 
   def block(batch):
     nll_B = model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]

@@ -1,4 +1,7 @@
-"""The runs of evaluate.py: rate the sequences that will be drawn, train a model on what is kept."""
+"""The steps of evaluate.py: opens its inputs, rates sequences, trains a model on a policy's choice.
+
+Axes: R rows of the training split, N sequences of a batch, S tokens.
+"""
 
 import dataclasses
 import functools
@@ -53,17 +56,15 @@ def open_inputs(config: Config, cache_dir: Path) -> Inputs:
     texts[Path(name).name] = read_documents(
       dataclasses.replace(corpus.config, data=(name,), outer_data=(), max_documents=None)
     )
-  sets = {}
-  for name, members in texts.items():
-    rows = _evenly(members, corpus.tokenizer, settings.sequence_length, config.eval_sequences)
-    if rows is not None:
-      sets[name] = rows
+  S, limit = settings.sequence_length, config.eval_sequences
+  sets = {name: _evenly(docs, corpus.tokenizer, S, limit) for name, docs in texts.items()}
+  sets = {name: rows for name, rows in sets.items() if rows is not None}
   for name in ("selection", "validation"):
     check(name in sets, f"no clean document falls in the half `{name}` of the validation split")
   questions = {}
   for item in config.benchmarks:
-    task, given, source = item.partition("=")
-    if given:
+    task, equals, source = item.partition("=")
+    if equals:
       questions[task] = multiple_choice.load_questions(task, source, config.benchmark_questions)
     else:
       questions |= multiple_choice.load_all(item, config.benchmark_questions)
@@ -82,17 +83,17 @@ def _evenly(
   rows = min(64, len(chosen))
   blocks = -(-len(chosen) // rows)
   tokens = np.full((blocks * rows, S), tokenizer.pad, np.int32)
-  segments = np.zeros_like(tokens)  # segment 0: padding, nothing is counted
+  segments = np.zeros_like(tokens)  # 0: padding, not counted
   for row, i in enumerate(chosen):
     tokens[row, : len(pieces[i])], segments[row, : len(pieces[i])] = pieces[i], 1
   return transformer.Batch(*(x.reshape(blocks, rows, S) for x in (tokens, segments)))
 
 
 def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bool = True) -> None:
-  """Writes scores/`kind`.npy [R] float32: the score phi_eta ("datarater") or the mean NLL under the
-  scorer ("perplexity") of every training sequence that some run will draw; nan elsewhere.
+  """Writes scores/`kind`.npy [R] float32: phi_eta ("datarater") or the mean NLL under the scorer
+  ("perplexity") of every training sequence that a run will draw; nan elsewhere.
 
-  Both scorers are frozen, so this equals scoring each pool when it is drawn, but happens once.
+  Both scorers are frozen, so this equals scoring each pool when it is drawn.
   """
   path = workdir / "scores" / f"{kind}.npy"
   if hosts.as_leader(path.exists()):
@@ -123,8 +124,8 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
 
 
 def _rows_drawn(config: Config, rows: int, kind: str) -> np.ndarray:
-  """The training sequences, sorted, that stand in some pool of a run that needs these values."""
-  rhos = [config.discard, *(config.sweep_discard)]
+  """The rows, sorted, that fall into a pool of some run with this kind of scores."""
+  rhos = [config.discard, *config.sweep_discard]
   drawn = np.zeros(rows, bool)
   for model in config.models:
     recipe = costs(config).recipes[model]
@@ -139,10 +140,9 @@ def _rows_drawn(config: Config, rows: int, kind: str) -> np.ndarray:
 def train_run(
   run: Run, config: Config, workdir: Path, cache_dir: Path, progress: bool = True
 ) -> None:
-  """Trains one language model in its folder of the workdir, unless it is there."""
+  """Trains one language model in its folder of the workdir, unless it is finished."""
   inputs, recipe = open_inputs(config, cache_dir), costs(config).recipes[run.model]
   model = language_model(config, run.model, inputs.corpus.vocab_size)
-
   sets = {name: sharding.shard(rows, None, "data") for name, rows in inputs.eval_sets.items()}
 
   def measure(params):
@@ -177,26 +177,25 @@ def logprob(config: Config, size: str, vocab_size: int):
 def selected_batches(
   run: Run, recipe: pretrain.Recipe, workdir: Path, corpus: Corpus, start_call: int
 ) -> Iterator[transformer.Batch]:
-  """Batches [steps_per_call, N, S] of what the policy keeps of each pool: of (run, step) alone."""
+  """Batches [steps_per_call, N, S]: the N sequences of each pool that the policy keeps, a function
+  of (run, step) alone."""
   batch, per_call = recipe.batch, recipe.steps_per_call
   split = corpus.splits["outer" if run.policy == "scorer" else "train"]
   rows = len(split.tokens)
-  kind = {"datarater": "datarater"} | dict.fromkeys(selection.PERPLEXITY, "perplexity")
+  kinds = {"datarater": "datarater"} | dict.fromkeys(selection.PERPLEXITY, "perplexity")
   values = np.zeros(rows, np.float32)
-  if run.policy in kind:
-    values = np.load(workdir / "scores" / f"{kind[run.policy]}.npy")
+  if run.policy in kinds:
+    values = np.load(workdir / "scores" / f"{kinds[run.policy]}.npy")
   policy = "none" if run.policy == "scorer" else run.policy
   pool = selection.pool_size(policy, batch, run.discard)
-  check(
-    rows >= pool, f"the training split has {rows} sequences, a pool takes {pool}: use more data"
-  )
+  check(rows >= pool, f"the split has {rows} sequences, a pool takes {pool}: use more data")
 
-  def kept(step):
+  def rows_of_step(step):
     drawn = drawn_rows(rows, run.seed, step * pool, pool)
     rng = np.random.default_rng([run.seed, step])
     return drawn[selection.select(policy, values[drawn], batch, rng)]
 
   def rows_of_call(call):
-    return np.stack([kept(call * per_call + i) for i in range(per_call)])
+    return np.stack([rows_of_step(call * per_call + i) for i in range(per_call)])
 
   return row_batches(split, rows_of_call, start_call)

@@ -1,18 +1,19 @@
-"""Corruptions that the demo does not have: does a rater find them in your own corpus?
+"""Corruptions that the demo lacks: does a rater find them in a corpus?
 
   python -m experiments.corruptions --folder=runs/corruptions     # mine.jsonl, clean.jsonl
   python train.py --workdir=runs/c --data=runs/corruptions/mine.jsonl \\
     --outer_data=runs/corruptions/clean.jsonl --report_documents=3000
   python -m experiments.corruptions --judge=runs/c                     # a table by kind
-  python -m experiments.corruptions --worth                            # is there anything to find?
+  python -m experiments.corruptions --worth                            # what each kind costs
 
 Documents of eight sources of the demo corpus; half of mine.jsonl is corrupted by one of four kinds
 at a level of 0.1 to 0.8 (a share of words, of characters, or of the text). clean.jsonl is a fifth
 of the documents, as they are. Without --outer_data the held-out loss is on the corrupted mixture.
---worth trains an inner model of the demo on text of each kind at level 0.8 and gives its loss on
+--worth trains an inner model of the demo on text of each kind at level 0.8 and prints its loss on
 clean text: a kind that costs nothing there sends no meta-gradient.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from absl import app, flags
 
 import inner_loop
 import meta_step
@@ -29,13 +29,19 @@ from corpus import demo
 from corpus.batches import cut
 from corpus.tokenizer import load_tokenizer
 from rating import pad_pieces
+from runtime import cli
+from runtime.cli import UserError, option
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("folder", None, "folder to write the two corpora to")
-flags.DEFINE_string("judge", None, "workdir of a finished run on mine.jsonl")
-flags.DEFINE_boolean("worth", False, "the loss on clean text after training on each kind")
-flags.DEFINE_integer("updates", 160, "inner updates of --worth")
-flags.DEFINE_integer("seed", 0, "of the corruptions")
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  folder: str | None = option(None, "folder to write the two corpora to")
+  judge: str | None = option(None, "workdir of a finished run on mine.jsonl")
+  worth: bool = option(False, "print the loss on clean text after training on each kind")
+  updates: int = option(160, "inner updates of --worth", at_least=1)
+  seed: int = option(0, "of the corruptions")
+  __post_init__ = cli.check_fields
+
 
 SOURCES = ("encyclopedia", "speeches", "debates_en", "verse_drama", "software_docs", "code_python")
 SOURCES += ("tweets", "python_help")
@@ -59,7 +65,7 @@ def shuffled_words(text, level, rng):
 
 
 def html_boilerplate(text, level, rng):
-  """Lines of markup between the lines of the text, until they are `level` of the whole."""
+  """Inserts lines of markup until they make up `level` of the whole."""
   lines, read, written = [], 0, 0
   for line in text.split("\n"):
     lines.append(line)
@@ -71,7 +77,7 @@ def html_boilerplate(text, level, rng):
 
 
 def mojibake(text, level, rng):
-  """Words of accented letters that went through the wrong encoding."""
+  """Replaces words by accented letters read in the wrong encoding."""
   accented = lambda c: c if rng.random() < 0.5 else "éèüöâ€™“”ñçßøåœ–"[rng.integers(16)]
   broken = lambda word: "".join(map(accented, word)).encode().decode("cp1252", "replace")
   return " ".join(broken(w) if rng.random() < level else w for w in text.split(" "))
@@ -155,16 +161,17 @@ def read_sources() -> list[dict]:
   return [record for record in map(json.loads, lines) if record["source"] in SOURCES]
 
 
-def main(_):
-  if FLAGS.worth:
-    worth(FLAGS.updates, FLAGS.seed)
-  elif FLAGS.judge:
-    judge(Path(FLAGS.judge))
-  elif FLAGS.folder:
-    write(Path(FLAGS.folder), FLAGS.seed)
+def main() -> None:
+  settings = cli.read(Settings)
+  if settings.worth:
+    worth(settings.updates, settings.seed)
+  elif settings.judge:
+    judge(Path(settings.judge))
+  elif settings.folder:
+    write(Path(settings.folder), settings.seed)
   else:
-    raise app.UsageError("give --folder, --judge or --worth")
+    raise UserError("name what to do with --folder, --judge or --worth")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, Settings)

@@ -4,7 +4,7 @@
 
 Meta-trains a rater on the demo corpus with half of its training documents corrupted, sweeps the
 discard fraction, trains language models under every policy with three seeds, repeats that with
-models of another size and on the uncorrupted corpus, and analyses what the rater learned. Nothing
+models of another size and on the uncorrupted corpus, and analyzes what the rater learned. Nothing
 is chosen by looking at the split that is reported: the discard fraction is chosen on the other half
 of the validation documents (evaluate.py), all other settings are defaults.
 """
@@ -30,7 +30,7 @@ SHORT = {
   "mini": "the same rater, mini models",
   "clean": "corpus as it is, tiny models",
 }
-MINI_STEPS = 1000  # 5 tokens a parameter: Chinchilla's 20 would take an hour more
+MINI_STEPS = 1000  # 5 tokens per parameter; Chinchilla's 20 would take an hour more
 
 
 def main():
@@ -72,13 +72,13 @@ def main():
 
 
 def rewrite(path: Path, text: str) -> None:
-  """Replaces what stands between the marks of a document."""
+  """Replaces the text between the marks of a document."""
   marked = r"(?s)(<!-- make reproduce -->).*?(<!-- end -->)"
   path.write_text(re.sub(marked, lambda m: f"{m[1]}\n{text}\n{m[2]}", path.read_text()))
 
 
 def stage(title: str, *commands: list[str]) -> None:
-  """Runs commands side by side; any failure ends all."""
+  """Runs commands at the same time; exits if one fails."""
   print(f"== {title}", flush=True)
   began = time.monotonic()
   running = [subprocess.Popen([sys.executable, *c], cwd=ROOT) for c in commands]

@@ -1,15 +1,15 @@
-"""Floating-point operations of a program, counted in its jaxpr, and the least a meta-step needs.
+"""Floating-point operations of a program, counted in its jaxpr, and the fewest a meta-step needs.
 
-XLA's own count takes the body of a loop once. Here loops are multiplied out, the work of all
-devices is added up, and what rematerialisation forms again is counted apart.
+XLA's own count takes the body of a loop once. Here loops are multiplied by their trip counts, the
+work of all devices is added up, and what remat recomputes is also counted apart.
 
-Symbols: T inner steps, B sequences, S tokens, D width, H heads, K head width, V vocabulary,
-F operations of one forward pass of an inner model over a batch, R of the rater's.
+Symbols: T inner steps, B sequences, S tokens, D width, H heads, K head width, V vocabulary, F FLOPs
+of a forward pass of the inner model over a batch, R of the rater.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,9 @@ from transformer import TransformerConfig
 
 
 class Flops(NamedTuple):
-  products: float = 0.0  # of matrix products and convolutions, 2 a multiply-add; remat's included
-  recomputed: float = 0.0  # that part of `products` which remat forms again for a backward pass
-  elementwise: float = 0.0  # 1 a result, or 1 an input of a reduction
+  products: float = 0.0  # matmuls and convolutions, 2 per multiply-add, recomputed ones included
+  recomputed: float = 0.0  # the part of them that remat repeats in a backward pass
+  elementwise: float = 0.0  # 1 per result, or per input of a reduction
   unknown_loops: int = 0  # loops whose trip count the jaxpr does not tell, counted once
 
   def __add__(self, other):
@@ -32,26 +32,55 @@ class Flops(NamedTuple):
     return Flops(self.products * n, self.recomputed * n, self.elementwise * n, self.unknown_loops)
 
 
-def count(function: Callable, *args: Any) -> Flops:
-  """Of one call, on all devices; args are arrays or jax.ShapeDtypeStructs."""
-  return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+def count(function: Callable, *args: Any, estimates: bool = True) -> Flops:
+  """FLOPs of one call on all devices.
+
+  Args:
+    args: arrays or jax.ShapeDtypeStructs.
+    estimates: take a Pallas kernel's own estimate, not the matmuls in its body.
+  """
+  return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, estimates)
 
 
-def count_jaxpr(jaxpr: jax.extend.core.Jaxpr) -> Flops:
-  """What no result depends on is left out, as XLA leaves it out."""
-  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return _count(jaxpr, recomputing=False)
+def count_jaxpr(jaxpr: jax.extend.core.Jaxpr, estimates: bool = True) -> Flops:
+  return _count(operations(jaxpr, estimates))
+
+
+def operations(
+  jaxpr: jax.extend.core.Jaxpr, estimates: bool = True
+) -> Iterator[tuple[jax.extend.core.JaxprEqn, float, bool]]:
+  """Yields (equation, how often all devices run it, whether remat repeats it) of a whole program.
+
+  Dead code is eliminated first, as XLA does. Calls and loops are resolved, and the most expensive
+  branch is taken. A loop of unknown length is counted once, and is yielded itself too.
+  """
+  return _walk(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], estimates, 1.0, False)
+
+
+def matmul_flops(equation: jax.extend.core.JaxprEqn) -> float | None:
+  """FLOPs of a matmul or convolution, or a kernel's estimate; None for other operations."""
+  name, params = equation.primitive.name, equation.params
+  if name == "pallas_call":
+    return params["cost_estimate"].flops
+  if name not in ("dot_general", "conv_general_dilated"):
+    return None
+  left, right = (v.aval.shape for v in equation.invars[:2])
+  out = math.prod(equation.outvars[0].aval.shape)
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    return 2.0 * out * math.prod(left[i] for i in contracted)
+  return 2.0 * out * math.prod(right) / right[params["dimension_numbers"].rhs_spec[0]]
 
 
 class Minimum(NamedTuple):
-  """The least operations of one member's meta-step, with activations of one pass at a time."""
+  """The fewest FLOPs of one member's meta-step, if memory holds the activations of one pass."""
 
-  inner_gradients: float  # T x 3 F: forward, and two products backward for each of its own
-  hessian_products: float  # (T - 1) x 8 F, 9 F in attention: `minimum` says why
+  inner_gradients: float  # T x 3 F: each matmul forward needs two backward
+  hvps: float  # (T - 1) x 8 F, 9 F in attention: `minimum` says why
   first_step: float  # 3 F: the losses and their derivative along u
   outer_gradient: float  # 3 F of the outer batch
   rater: float  # T x 3 R
-  kept: float  # of these, T x 2 F that memory for every product of the forward passes would save
+  kept: float  # the part that memory for the matmuls of earlier passes would save
 
   @property
   def total(self) -> float:
@@ -61,22 +90,21 @@ class Minimum(NamedTuple):
 def minimum(
   model: TransformerConfig, rater: TransformerConfig, T: int, B: int, B_outer: int, S: int
 ) -> Minimum:
-  """Of a member's meta-step in mode "mixed", sequences full, no remat.
+  """Counts mode "mixed" without remat on full sequences.
 
-  F = 2 S B (weights outside the embedding look-up) + attention's 4 H K a layer and pair of a query
-  and a key that it may see; so R.
+  F = 2 S B (weights outside the embedding lookup) + attention's 4 H K per layer and pair of a query
+  and a visible key; R likewise.
 
-  A Hessian-vector product is a derivative of the gradient along u. For a product x w it forms x w
-  and its two tangent products, the gradient of x and its two, the two tangents of that of w, but
-  not that of w itself: 8. In attention both factors are activations: 9. Two of them (the forward
-  pass, and the primal backward's; three in attention) were formed by the inner gradient already,
-  and one of the first step's three: `kept`.
+  A Hessian-vector product (HVP) is the derivative of the gradient along u. For a matmul x w it
+  needs x w and two tangent matmuls, the gradient of x and two, and two of the gradient of w, but
+  not that gradient itself: 8. In attention both factors are activations: 9. `kept` are the matmuls
+  that the inner gradient has done before: two per HVP (three in attention), one of the first step.
   """
   weights, attention = forward(model, B, S, causal=True)
   F = weights + attention
   return Minimum(
     inner_gradients=3 * T * F,
-    hessian_products=(T - 1) * (8 * weights + 9 * attention),
+    hvps=(T - 1) * (8 * weights + 9 * attention),
     first_step=3 * F,
     outer_gradient=3 * sum(forward(model, B_outer, S, causal=True)),
     rater=3 * T * sum(forward(rater, B, S, causal=False)),
@@ -85,7 +113,7 @@ def minimum(
 
 
 def forward(config: TransformerConfig, B: int, S: int, causal: bool) -> tuple[float, float]:
-  """(products with weights, attention's) of a language model (causal) or a rater (not causal)."""
+  """FLOPs (with weights, in attention) of a language model (causal) or a rater (not causal)."""
   c = config
   of_layer = 4 * c.d_model * c.n_heads * c.head_dim + 2 * c.d_model * c.d_ff
   weights = c.n_layers * of_layer + (c.d_model * c.vocab_size if causal else 0)
@@ -93,73 +121,66 @@ def forward(config: TransformerConfig, B: int, S: int, causal: bool) -> tuple[fl
   return 2.0 * B * S * weights, 4.0 * B * c.n_layers * pairs * c.n_heads * c.head_dim
 
 
-# Results that are an input's numbers, in other places or other types.
+# Operations that only move numbers or change their type.
 _MOVES = frozenset(
   """broadcast_in_dim reshape transpose slice dynamic_slice dynamic_update_slice concatenate pad
   gather scatter convert_element_type bitcast_convert_type iota copy copy_p squeeze expand_dims rev
   select_n split name stop_gradient device_put sharding_constraint optimization_barrier
   random_wrap random_unwrap get swap pvary reduce_precision""".split()
 )
+_REDUCTIONS = ("reduce", "argm", "scatter")
 
 
-def _count(jaxpr, recomputing):
+def _count(equations):
   total = Flops()
-  for equation in jaxpr.eqns:
-    again = recomputing or "rematted_computation" in str(equation.source_info.name_stack)
-    total += _count_equation(equation, again)
+  for equation, times, again in equations:
+    name, flops = equation.primitive.name, matmul_flops(equation)
+    if name == "while":
+      total += Flops(unknown_loops=1)
+    elif flops is not None:
+      total += Flops(products=flops * times, recomputed=flops * times * again)
+    elif name not in _MOVES:
+      operands = equation.invars if name.startswith(_REDUCTIONS) else equation.outvars
+      total += Flops(elementwise=times * sum(math.prod(v.aval.shape) for v in operands))
   return total
 
 
-def _count_equation(equation, recomputing):
-  name, params = equation.primitive.name, equation.params
-  inner = [_count(j, recomputing) for j in jax.extend.core.jaxprs_in_params(params)]
-  if name in ("dot_general", "conv_general_dilated"):
-    flops = _product(name, equation)
-    return Flops(products=flops, recomputed=flops * recomputing)
-  if name == "scan":
-    return inner[0].times(params["length"])
-  if name == "while":
-    once = sum(inner, Flops())
-    trips = _trip_count(equation)
-    return once.times(trips) if trips is not None else once + Flops(unknown_loops=1)
-  if name == "cond":  # the dearest branch
-    return max(inner, key=lambda f: f.products + f.elementwise)
-  if name == "shard_map":  # its body is what one device does
-    axes = params.get("newly_manual_axes", params.get("manual_axes"))  # JAX 0.10; newer
-    devices = math.prod(params["mesh"].shape[axis] for axis in axes)
-    return inner[0].times(devices)
-  if name == "pallas_call":
-    estimate = params["cost_estimate"]
-    if estimate is not None:
-      return Flops(products=estimate.flops, recomputed=estimate.flops * recomputing)
-    return sum(inner, Flops()).times(math.prod(params["grid_mapping"].grid))
-  if name == "operation":  # of kernels/operation.py
-    apply = functools.partial(equation.primitive.impl, **params)
-    shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
-    return _count(jax.make_jaxpr(apply)(*shapes).jaxpr, recomputing)
-  if inner:  # a call: jit, remat, custom_jvp, custom_vjp, ...
-    # A sort's, scatter's or reduction's body is for one pair of numbers: it falls below.
-    if not name.startswith(("reduce", "scatter", "sort", "select_and", "argm")):
-      return sum(inner, Flops())
-  if name in _MOVES:
-    return Flops()
-  size = lambda variables: sum(math.prod(v.aval.shape) for v in variables)
-  reduces = name.startswith(("reduce", "argm", "scatter"))
-  return Flops(elementwise=float(size(equation.invars if reduces else equation.outvars)))
-
-
-def _product(name, equation):
-  left, right = (v.aval.shape for v in equation.invars[:2])
-  out = math.prod(equation.outvars[0].aval.shape)
-  if name == "dot_general":
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    return 2.0 * out * math.prod(left[i] for i in contracted)
-  features = equation.params["dimension_numbers"].rhs_spec[0]
-  return 2.0 * out * math.prod(right) / right[features]
+def _walk(jaxpr, estimates, times, recomputing):
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    again = recomputing or "rematted_computation" in str(equation.source_info.name_stack)
+    inner, repeats = list(jax.extend.core.jaxprs_in_params(params)), 1
+    if name.startswith((*_REDUCTIONS, "sort", "select_and")):
+      inner = []  # their jaxpr takes a pair of numbers
+    elif name == "scan":
+      repeats = params["length"]
+    elif name == "while":
+      repeats = _trip_count(equation)
+      if repeats is None:
+        yield equation, times, again
+        repeats = 1
+    elif name == "cond":
+      cost = lambda branch: sum(_count(_walk(branch, estimates, 1.0, False))[::2])
+      inner = [max(inner, key=cost)]
+    elif name == "shard_map":  # the jaxpr is one device's
+      axes = params.get("newly_manual_axes", params.get("manual_axes"))  # JAX 0.10; newer
+      repeats = math.prod(params["mesh"].shape[axis] for axis in axes)
+    elif name == "pallas_call" and estimates and params["cost_estimate"] is not None:
+      inner = []
+    elif name == "pallas_call":
+      repeats = math.prod(params["grid_mapping"].grid)
+    elif name == "operation" and not inner:
+      apply = functools.partial(equation.primitive.impl, **params)
+      shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
+      inner = [jax.make_jaxpr(apply)(*shapes).jaxpr]
+    if not inner:
+      yield equation, times, again
+    for body in inner:
+      yield from _walk(body, estimates, times * repeats, again)
 
 
 def _trip_count(equation):
-  """Of a loop that counts a whole number up by one to a bound, both known; otherwise None."""
+  """Of a loop that counts up by one to a bound, both known integers; otherwise None."""
   condition, body = equation.params["cond_jaxpr"].jaxpr, equation.params["body_jaxpr"].jaxpr
   n_cond, n_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
   value = lambda v: int(v.val) if isinstance(v, jax.extend.core.Literal) else None

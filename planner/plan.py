@@ -18,61 +18,109 @@ from corpus.tokenizer import load_tokenizer
 from planner import flops, hlo, targets
 from runtime import sharding
 
-MICROBATCHES = (2, 4, 8, 16, 32, 64, 128)  # tried in turn where a program does not fit
+MICROBATCHES = (2, 4, 8, 16, 32, 64, 128)  # tried in turn if a program does not fit
 
 
 class Compiled(NamedTuple):
-  """The program of a run (`steps_per_call` meta-steps) for one target; bytes per device."""
+  """The program of a run for one target; bytes per device."""
 
   devices: int
   fits: bool
-  arguments: float  # bytes, the state among them
-  outputs: float  # bytes that do not take the place of an argument
-  temp: float  # bytes
-  peak: float  # bytes: all of these at once
-  work: flops.Flops  # of all devices, one meta-step
-  traffic: hlo.Traffic | None  # of one meta-step; None where it does not fit
-  estimate: float | None  # seconds of one meta-step, the compiler's own; loops' bodies once
-  seconds: float  # that compiling took
-  refusal: str  # of the compiler, where the program does not fit
+  peak: float  # arguments, outputs and temporary memory together
+  work: flops.Flops  # of one meta-step on all devices
+  seconds: float  # of compilation
+  arguments: float = math.nan  # the state among them
+  outputs: float = math.nan  # those that do not replace an argument
+  temp: float = math.nan
+  traffic: hlo.Traffic | None = None  # of one meta-step; None if the program does not fit
+  estimate: float | None = None  # the compiler's, seconds of a meta-step; loop bodies counted once
+  refusal: str = ""  # the compiler's error if the program does not fit
 
 
-def compile_run(config: Config, target: str, mesh_spec: str | None, vocabulary: int):
+def plan(
+  config: Config,
+  target: str,
+  spec: str | None = None,
+  vocabulary: int | None = None,
+  step_time: float | None = None,
+  utilization: float = 0.4,
+  search: bool = True,
+  given: dict[str, Any] | None = None,
+) -> None:
+  """Prints the report; if the program does not fit, tries other flags and prints their reports.
+
+  Args:
+    spec: the mesh, as in --mesh.
+    vocabulary: V; default 32,000, or that of --tokenizer=bytes.
+    given: the flags of the command line, to print with each report.
+  """
+  jax.config.update("jax_platforms", "cpu")
+  vocabulary = vocabulary or (
+    load_tokenizer("bytes").vocab_size if config.tokenizer == "bytes" else 32_000
+  )
+  tried = [({}, target, spec)]
+  if search:
+    shards = settings.make_mesh(config, spec, targets.devices(target)).shape["data"]
+    tried += alternatives(config, target, spec, shards)
+  for changes, target, spec in tried:
+    print(f"$ {command((given or {}) | changes, target, spec)}", flush=True)
+    changed = dataclasses.replace(config, **changes)
+    compiled = compile_run(changed, target, spec, vocabulary)
+    print(report(changed, target, vocabulary, compiled, step_time, utilization))
+    if compiled.fits:
+      return
+    print(flush=True)
+  print("nothing tried fits: use more devices along `data`, or a smaller batch or model")
+
+
+def command(given: dict[str, Any], target: str, spec: str | None) -> str:
+  """The command line of a plan."""
+  given = given | {"target": target} | ({"mesh": spec} if spec else {})
+  shown = lambda value: ",".join(value) if isinstance(value, (list, tuple)) else value
+  return " ".join(["python -m planner", *(f"--{k}={shown(v)}" for k, v in given.items())])
+
+
+def compile_run(config: Config, target: str, spec: str | None, vocabulary: int) -> Compiled:
   """Compiles the program of train.py.
 
   Raises:
-    UserError: a target or mesh that does not exist, or whose compiler is not installed.
+    UserError: the target or mesh does not exist, or its compiler is not installed.
   """
-  chip = targets.chip(target)
-  devices = targets.devices(target)
-  grid = settings.make_mesh(config, mesh_spec, devices)
+  chip, devices = targets.chip(target), targets.devices(target)
+  mesh = settings.make_mesh(config, spec, devices)
   single = SingleDeviceSharding(devices[0])
-  program, M = settings.build(config, vocabulary), config.steps_per_call
+  program = settings.build(config, vocabulary)
 
   def batch(shape, axes):
-    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.named(grid, *axes) or single)
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.named(mesh, *axes) or single)
     return transformer.Batch(array, array)
 
   batches = {name: batch(*how) for name, how in settings.batch_shapes(config).items()}
   key = jax.ShapeDtypeStruct((2,), jnp.uint32)
   start = time.monotonic()
-  with targets.lowering_for(target), sharding.use_mesh(grid):
+  with targets.lowering_for(target), sharding.use_mesh(mesh):
     state = jax.eval_shape(program.init, key, batches["probe"])
-    where = sharding.state_shardings(grid, state) or jax.tree.map(lambda _: single, state)
-    state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
-    )
-    step = program.jit_meta_steps((where, sharding.named(grid) or single))
-    traced = step.trace(state, batches["inner"], batches["outer"], batches["probe"])
-    work = flops.count_jaxpr(traced.jaxpr.jaxpr).times(1 / M)
+    where = sharding.state_shardings(mesh, state) or jax.tree.map(lambda _: single, state)
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    step = program.jit_meta_steps((where, sharding.named(mesh) or single))
+    traced = step.trace(jax.tree.map(placed, state, where), *batches.values())
+    work = flops.count_jaxpr(traced.jaxpr.jaxpr).times(1 / config.steps_per_call)
     lowered = traced.lower(lowering_platforms=(chip.platform,))
     try:
       compiled, text = targets.compile_with_text(lowered)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return _refused(str(error), grid.size, work, time.monotonic() - start)
-  return _measured(compiled, text, chip, grid.size, work, M, time.monotonic() - start)
+      return _refused(str(error), mesh.size, work, time.monotonic() - start)
+  seconds = time.monotonic() - start
+  memory = compiled.memory_analysis()
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  peak = arguments + outputs + temp
+  traffic = _of_one_step(hlo.traffic(text), config.steps_per_call)
+  estimate = (compiled.cost_analysis() or {}).get("optimal_seconds")
+  fits = peak <= chip.memory
+  return Compiled(mesh.size, fits, peak, work, seconds, arguments, outputs, temp, traffic, estimate)
 
 
 def report(
@@ -83,45 +131,41 @@ def report(
   step_time: float | None = None,
   utilization: float = 0.4,
 ) -> str:
-  """The report of a compiled program, as text."""
+  """Describes a compiled program, as text."""
   chip, n, c = targets.chip(target), compiled.devices, compiled
-  least = minimum(config, vocabulary)
-  of_members = config.drawn_members
-  mixed, once = of_members * least.total, of_members * (least.total - least.kept)
-  formed = c.work.products - c.work.recomputed
+  least, members = minimum(config, vocabulary), config.drawn_members
+  mixed, once = members * least.total, members * (least.total - least.kept)
+  matmuls = c.work.products - c.work.recomputed
   giga = lambda x: f"{x / 1e9:.2f} GB"
+  loops = lambda count: f" ({count} loops of unknown length)" if count else ""
   lines = [
     f"{target}: {n} device{'s' * (n > 1)}; compiled in {c.seconds:.0f} s",
-    f"memory of a device ({giga(chip.memory)}): "
+    f"memory per device ({giga(chip.memory)}): "
     + (
-      f"arguments {giga(c.arguments)} + outputs {giga(c.outputs)} + temp {giga(c.temp)}; "
+      c.refusal
+      or f"arguments {giga(c.arguments)} + outputs {giga(c.outputs)} + temp {giga(c.temp)}; "
       f"peak {giga(c.peak)}"
-      if not c.refusal
-      else c.refusal
     ),
     "fits" if c.fits else "DOES NOT FIT",
     "",
     "one meta-step, all devices",
-    f"  matmuls                {formed:.4g} FLOPs",
+    f"  matmuls                {matmuls:.4g} FLOPs",
     f"  recomputed by remat    {c.work.recomputed:.4g} FLOPs",
-    f"  element-wise           {c.work.elementwise:.4g}"
-    + f" ({c.work.unknown_loops} loops of unknown length)" * bool(c.work.unknown_loops),
+    f"  element-wise           {c.work.elementwise:.4g}{loops(c.work.unknown_loops)}",
     f"  minimum of mode mixed  {mixed:.4g} FLOPs: the program's matmuls are "
-    f"{formed / mixed:.3f} of it, with remat {c.work.products / mixed:.3f}",
-    *(f"    {name:20s} {of_members * x:.4g}" for name, x in least._asdict().items()),
+    f"{matmuls / mixed:.3f} of it, with remat {c.work.products / mixed:.3f}",
+    *(f"    {name:20s} {members * x:.4g}" for name, x in least._asdict().items()),
     f"  nothing computed twice {once:.4g} FLOPs (less `kept`)",
     "",
-    "one meta-step, a device",
+    "one meta-step, per device",
     f"  least time by FLOPs    {c.work.products / n / chip.flops:.3g} s at the chip's peak "
     f"({once / n / chip.flops:.3g} s if nothing is computed twice)",
   ]
   if c.traffic:
-    lines += [
+    lines.append(
       f"  memory traffic         {giga(c.traffic.bytes)}: at least "
-      f"{c.traffic.bytes / chip.bandwidth:.3g} s"
-      + f" ({c.traffic.unknown_loops} loops of unknown length)"
-      * bool(c.traffic.unknown_loops)
-    ]
+      f"{c.traffic.bytes / chip.bandwidth:.3g} s{loops(c.traffic.unknown_loops)}"
+    )
     for kind, (times, size) in sorted(hlo.by_kind(c.traffic.collectives).items()):
       lines.append(f"  {kind:22s} {giga(size)} in {times:.0f}")
   if c.estimate and c.estimate > 0:
@@ -130,22 +174,21 @@ def report(
     used = once / (n * chip.flops * step_time)
     lines.append(f"  model FLOPs utilization {used:.1%} at {step_time:g} s (necessary FLOPs)")
   K, S, T = config.meta_steps, config.sequence_length, config.inner_steps
-  inner_tokens = K * of_members * T * config.inner_batch * S
-  outer_tokens = K * of_members * config.outer_batch * S
   hours = K * once / (utilization * chip.flops) / 3600
   lines += [
     "",
     f"the run, {K:,} meta-steps",
-    f"  tokens                 {inner_tokens:.4g} inner, {outer_tokens:.4g} outer",
+    f"  tokens                 {K * members * T * config.inner_batch * S:.4g} inner, "
+    f"{K * members * config.outer_batch * S:.4g} outer",
     f"  FLOPs                  {K * once:.4g} necessary, {K * c.work.products:.4g} in all",
-    f"  chip-hours             {hours:,.3g} at {utilization:.0%} utilization"
-    f" ({hours / n:,.1f} h on {n})",
+    f"  chip-hours             {hours:,.3g} at {utilization:.0%} utilization "
+    f"({hours / n:,.1f} h on {n})",
   ]
   return "\n".join(lines)
 
 
 def minimum(config: Config, vocabulary: int) -> flops.Minimum:
-  """The least FLOPs of one member's meta-step."""
+  """The fewest FLOPs of one member's meta-step."""
   return flops.minimum(
     transformer.preset(config.model, vocabulary),
     transformer.preset(config.rater, vocabulary),
@@ -180,69 +223,12 @@ def alternatives(
 
 
 def _refused(error, devices, work, seconds):
-  """A program that the compiler refused; the first size it names is what the program needs."""
+  """A program that the compiler refused; the first size that its error names is the peak."""
   used = re.search(r"\b([\d.]+)([KMGT])\b", error)
   peak = float(used[1]) * 1024.0 ** "_KMGT".index(used[2]) if used else math.nan
-  said = error.splitlines()[0]
-  nan = math.nan
-  return Compiled(devices, False, nan, nan, nan, peak, work, None, None, seconds, said)
+  return Compiled(devices, False, peak, work, seconds, refusal=error.splitlines()[0])
 
 
-def _measured(compiled, text, chip, devices, work, M, seconds):
-  memory = compiled.memory_analysis()
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-  peak = arguments + outputs + temp
-  traffic = hlo.traffic(text)
-  traffic = traffic._replace(
-    bytes=traffic.bytes / M,
-    collectives=[c._replace(times=c.times / M) for c in traffic.collectives],
-  )
-  costs = compiled.cost_analysis() or {}
-  estimate = costs.get("optimal_seconds")
-  fits = peak <= chip.memory
-  return Compiled(
-    devices, fits, arguments, outputs, temp, peak, work, traffic, estimate, seconds, ""
-  )
-
-
-def plan(
-  config: Config,
-  target: str,
-  spec: str | None = None,
-  vocabulary: int | None = None,
-  step_time: float | None = None,
-  utilization: float = 0.4,
-  search: bool = True,
-  given: dict[str, Any] | None = None,
-) -> None:
-  """Prints the report; if the program does not fit, tries other flags and prints their reports.
-
-  Args:
-    vocabulary: V; default 32,000, or that of --tokenizer=bytes.
-    given: the flags of the command line, to print with each report.
-  """
-  jax.config.update("jax_platforms", "cpu")
-  vocabulary = vocabulary or (
-    load_tokenizer("bytes").vocab_size if config.tokenizer == "bytes" else 32_000
-  )
-  tried = [({}, target, spec)]
-  if search:
-    shards = settings.make_mesh(config, spec, targets.devices(target)).shape["data"]
-    tried += alternatives(config, target, spec, shards)
-  for changed, target, spec in tried:
-    print(f"$ {command((given or {}) | changed, target, spec)}", flush=True)
-    changed = dataclasses.replace(config, **changed)
-    compiled = compile_run(changed, target, spec, vocabulary)
-    print(report(changed, target, vocabulary, compiled, step_time, utilization))
-    if compiled.fits:
-      return
-    print(flush=True)
-  print("nothing tried fits: more devices along `data` are needed, or a smaller batch or model")
-
-
-def command(given: dict[str, Any], target: str, spec: str | None) -> str:
-  """The command line of a plan."""
-  given = given | {"target": target} | ({"mesh": spec} if spec else {})
-  shown = lambda value: ",".join(value) if isinstance(value, (list, tuple)) else value
-  return " ".join(["python -m planner", *(f"--{k}={shown(v)}" for k, v in given.items())])
+def _of_one_step(traffic, steps):
+  collectives = [c._replace(times=c.times / steps) for c in traffic.collectives]
+  return traffic._replace(bytes=traffic.bytes / steps, collectives=collectives)

@@ -1,8 +1,8 @@
-"""Chips to plan and compile for that this machine need not have.
+"""Chips to plan and compile for; this machine needs none of them.
 
-A target is a chip, `v5e`, or several of them, `v5e:8x8`: chips along the axes of a pod slice, three
-for v5p. `libtpu` beside JAX compiles for TPUs; `jax-cuda13-plugin` and `jax-cuda13-pjrt` of JAX's
-own version and `ptxas` compile for an H100. Nothing can be run.
+A target is a chip, `v5e`, or a slice of a pod, `v5e:8x8`: chips per axis, three axes for v5p.
+Compiling for TPUs needs `libtpu`; for an H100 `jax-cuda13-plugin` and `jax-cuda13-pjrt` of JAX's
+version, and `ptxas`. Nothing is executed.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from runtime.cli import check
 
 
 class Chip(NamedTuple):
-  """Peaks of the maker's datasheet."""
+  """Peaks from the datasheet."""
 
-  flops: float  # a second, bfloat16 products
-  bandwidth: float  # bytes a second, of its memory
+  flops: float  # per second, bfloat16 matmuls
+  bandwidth: float  # bytes per second, of its memory
   memory: float  # bytes
-  smallest: str  # topology that a single chip is taken from
+  smallest: str  # topology that a single TPU is taken from; "" of a GPU
 
   @property
   def platform(self) -> str:
@@ -56,11 +56,11 @@ H100 = """gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
-"""  # an H100 SXM, from its datasheet
+"""  # H100 SXM, from its datasheet
 
 
 def chip(target: str) -> Chip:
-  """Of "v5e" or "v5e:8x8".
+  """The chip of "v5e" or "v5e:8x8".
 
   Raises:
     UserError: no such chip.
@@ -80,19 +80,16 @@ def devices(target: str) -> list[Any]:
     UserError: no such target, or its compiler is not installed.
   """
   name, _, topology = target.partition(":")
-  platform = chip(target).platform
+  cuda = chip(target).platform == "cuda"
   _put_ptxas_on_path()
   has = importlib.util.find_spec
-  installed = (
-    has("libtpu") if platform == "tpu" else has("jax_cuda13_plugin") and shutil.which("ptxas")
-  )
   check(
-    installed,
-    f"--target={target} needs {'libtpu' if platform == 'tpu' else 'jax-cuda13-plugin and ptxas'} "
-    "beside JAX: `make .venv-compile/ready` once, then .venv-compile/bin/python",
+    (has("jax_cuda13_plugin") and shutil.which("ptxas")) if cuda else has("libtpu"),
+    f"--target={target} needs {'jax-cuda13-plugin and ptxas' if cuda else 'libtpu'}: "
+    "`make .venv-compile/ready` once, then .venv-compile/bin/python",
   )
-  if platform == "cuda":
-    check(not topology, f"--target={target}: one H100 is what can be compiled for: --target=h100")
+  if cuda:
+    check(not topology, f"--target={target}: GPUs are planned one at a time: --target=h100")
     return topologies.get_topology_desc(
       platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H100
     ).devices
@@ -100,7 +97,7 @@ def devices(target: str) -> list[Any]:
     ("TPU_SKIP_MDS_QUERY", "1"),
     ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
     ("TPU_WORKER_HOSTNAMES", "localhost"),
-    ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # nobody holds a TPU: several compile beside each other
+    ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # several processes may compile at once
     ("TPU_STDERR_LOG_LEVEL", "3"),
     ("TPU_MIN_LOG_LEVEL", "3"),
   ):
@@ -110,7 +107,7 @@ def devices(target: str) -> list[Any]:
     found = topologies.get_topology_desc(full, platform="tpu").devices
   except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
     reason = str(error).splitlines()[0][:100]
-    check(False, f"--target={target} is no topology that libtpu knows: {reason}")
+    check(False, f"--target={target} is unknown to libtpu: {reason}")
   return found if topology else found[:1]
 
 
@@ -119,7 +116,7 @@ def device(target: str) -> Any:
 
 
 def compile_for(target: str, function: Callable, *shapes: Any) -> tuple[jax.stages.Compiled, str]:
-  """`function` of jax.ShapeDtypeStructs for one device of the target, and the module's text."""
+  """Compiles `function` of jax.ShapeDtypeStructs for one device; also returns the module's text."""
   here = SingleDeviceSharding(device(target))
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
   with lowering_for(target):
@@ -128,8 +125,8 @@ def compile_for(target: str, function: Callable, *shapes: Any) -> tuple[jax.stag
 
 
 def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-  """`lowered.compile()`, and the text of the module as the target's compiler prints it itself:
-  JAX cannot read the modules of every libtpu back, and `as_text` then fails."""
+  """`lowered.compile()`, and the module's text as the compiler prints it: `as_text` fails where JAX
+  cannot read the modules of a newer libtpu."""
   with tempfile.TemporaryDirectory() as folder:
     dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     compiled = lowered.compile(compiler_options=dump)
@@ -139,7 +136,7 @@ def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
 
 @contextlib.contextmanager
 def lowering_for(target: str):
-  """Kernels traced here are the target's own, for its own compiler."""
+  """Context in which kernels are traced for the target and its compiler."""
   platform, kind = chip(target).platform, device(target).device_kind
   backend = pallas_gpu if platform == "cuda" else pallas_tpu
   before, backend.DEVICE = backend.DEVICE, kind
@@ -151,7 +148,7 @@ def lowering_for(target: str):
 
 
 def _abstract_device(platform, kind):
-  """From JAX 0.11 on Triton kernels ask JAX for the device that they are lowered for."""
+  """From JAX 0.11 on, Triton kernels ask JAX which device they are lowered for."""
   if platform != "cuda" or jax.__version_info__ < (0, 11):
     return contextlib.nullcontext()
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
@@ -159,7 +156,7 @@ def _abstract_device(platform, kind):
 
 
 def _put_ptxas_on_path():
-  """Where the wheel nvidia-cuda-nvcc has put it."""
+  """Finds ptxas in the wheel nvidia-cuda-nvcc."""
   if not shutil.which("ptxas"):
     folders = [os.path.join(root, "nvidia", "cu13", "bin") for root in sys.path]
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *folders])

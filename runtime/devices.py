@@ -1,9 +1,9 @@
-"""One mesh of devices for a run, as --mesh describes it.
+"""The mesh of devices that --mesh describes.
 
-  population   inner models: N / population of them on each shard, trained in turn
+  population   inner models: each shard trains N / population of them in turn
   data         the sequences of a batch; large parameters and optimizer states (FSDP)
 
-`--mesh=population=2,data=4` is eight devices.
+`--mesh=population=2,data=4` uses eight devices.
 """
 
 import math
@@ -45,14 +45,14 @@ def make_mesh(spec: str | None, n_models: int, devices: Sequence[Any] | None = N
   size = population * data
   check(
     size == count or size < count and jax.process_count() == 1,
-    f"--mesh=population={population},data={data} takes {size} devices, {count} are visible: let "
-    "the product be their number, or on one host less",
+    f"--mesh=population={population},data={data} takes {size} devices, {count} are visible: "
+    "the product must be their number (or less, on one host)",
   )
   check(
     n_models % population == 0,
     f"--mesh=population={population} does not divide --n_models={n_models}",
   )
-  # Neighbors on a pod's network where possible; 8 by 8 of 4 x 4 x 4 chips splits an axis.
+  # Neighbors on a pod's network where possible; 8 x 8 of 4 x 4 x 4 chips splits an axis.
   grid = mesh_utils.create_device_mesh(
     (population, data), devices[:size], allow_split_physical_axes=True
   )

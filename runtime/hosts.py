@@ -1,13 +1,12 @@
-"""Several hosts as one run: jax.distributed, and what only one host does.
+"""One run on several hosts: joining it, the leader's part, barriers and failures.
 
   python train.py --workdir=/shared/run --coordinator=host0:1234 --num_processes=2 --process_id=0
   python train.py --workdir=/shared/run --coordinator=host0:1234 --num_processes=2 --process_id=1
 
 or --coordinator=auto on all hosts of a Slurm job, a GKE job set or a Cloud TPU slice. Hosts run the
-same program with the same flags and share the workdir. Each reads the sequences of its own devices
-(curate.py: scores its own shards); the leader (process 0) writes metrics and reports. If one host
-dies, the others stop within `heartbeat` seconds; started again, the run resumes from its last
-checkpoint.
+same command and share the workdir. Each reads the sequences of its own devices (curate.py: scores
+its own shards); the leader (process 0) writes metrics and reports. If a host dies, the others stop
+within `heartbeat` seconds; started again, the run resumes from its last checkpoint.
 """
 
 import contextlib
@@ -35,15 +34,15 @@ class Hosts:
     None, "HOST:PORT of process 0, or auto on a cluster", section="Several hosts"
   )
   num_processes: int | None = option(None, "number of hosts")
-  process_id: int | None = option(None, "number of this host, from 0")
+  process_id: int | None = option(None, "index of this host, from 0")
   heartbeat: int = option(100, "seconds after which a silent host counts as dead")
 
 
 def start(hosts: Hosts) -> None:
-  """Joins the run; call it before anything else of JAX. Does nothing without a coordinator.
+  """Joins the run. Call it before anything else of JAX; does nothing without a coordinator.
 
   Raises:
-    UserError: flags are missing or contradict each other, or the other hosts do not come.
+    UserError: flags are missing or contradict each other, or the other hosts do not join.
   """
   coordinator, processes, process = hosts.coordinator, hosts.num_processes, hosts.process_id
   if coordinator is None:
@@ -55,7 +54,7 @@ def start(hosts: Hosts) -> None:
   if coordinator == "auto":
     check(
       processes is None and process is None,
-      "--coordinator=auto finds out --num_processes and --process_id itself: leave them out",
+      "--coordinator=auto finds --num_processes and --process_id itself: leave them out",
     )
     cluster = {}
   else:
@@ -76,7 +75,7 @@ def start(hosts: Hosts) -> None:
 
 
 def is_leader() -> bool:
-  """True on the one host that writes what all of them know."""
+  """True on the one host that writes shared results."""
   return jax.process_index() == 0
 
 
@@ -87,7 +86,7 @@ def say(*text: Any) -> None:
 
 
 def leader_first(function: Callable[[], Any]) -> Any:
-  """Calls it on the leader, then on the others, which see the files that the leader wrote."""
+  """Calls the function on the leader, then on the others, which see the leader's files."""
   result = function() if is_leader() else None
   wait_for_all("leader first")
   return result if is_leader() else function()
@@ -99,7 +98,7 @@ def wait_for_all(name: str) -> None:
 
 
 def as_leader(flag: bool) -> bool:
-  """The leader's answer, on all hosts: all must take the same branch."""
+  """The leader's flag on all hosts, so that all take the same branch."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
@@ -125,7 +124,7 @@ def agree_on(folder: Path, files: Any) -> None:
   own = np.frombuffer(digest, np.uint8)
   check(
     bool((multihost_utils.process_allgather(own) == own).all()),
-    f"the hosts see different files in {folder}: let it be one folder that they share",
+    f"the hosts see different files in {folder}: it must be one shared folder",
   )
 
 
@@ -137,7 +136,7 @@ def stop_together() -> Iterator[None]:
     yield
   except BaseException as error:
     if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
-      raise  # asked to stop, all hosts end in the same place
+      raise  # when asked to stop, all hosts exit at the same point
     status = _report(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -149,7 +148,7 @@ def _report(error: BaseException) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   traceback.print_exception(error)
-  # A lost host shows as several types of error: it cannot be told from other failures.
+  # A lost host raises errors of several types, which other failures raise too.
   print(
     f"error: process {jax.process_index()} of {jax.process_count()} cannot continue "
     f"({one_line(error)}): if another host has died, see its output; start all of them again with "

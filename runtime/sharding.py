@@ -1,9 +1,9 @@
-"""Where each array lies on a mesh of devices: pure functions, used inside traced code.
+"""How arrays are sharded over a mesh of devices: pure functions, most for use in traced code.
 
-On one device nothing here does anything. On several the run is traced under `jax.set_mesh(mesh)`.
-XLA partitions the axis `data` from the shardings of the inputs. `population` is partitioned by hand
+On one device they do nothing. On several, a run is traced under `jax.set_mesh(mesh)`. XLA
+partitions the axis `data` from the shardings of the inputs. `population` is partitioned by hand
 (`over_population`): members run in turn, and a loop over a sharded axis would gather them.
-Gradients, weights and losses are those of the global batch.
+Gradients, weights and losses refer to the global batch.
 
 Axes: N inner models, B sequences, V vocabulary, D model width.
 """
@@ -22,16 +22,16 @@ LARGE = 2**16  # elements; arrays of one model from this size on are sharded ove
 
 
 def axis_size(axis: str) -> int:
-  """Size of an axis of the mesh under which the caller is traced; 1 without a mesh."""
+  """Size of an axis of the mesh in use; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape[axis]
 
 
 def over_population(function: Callable) -> Callable:
-  """Runs `function(shared, *members) -> (members, sums)` on each population shard by itself.
+  """Runs `function(shared, *members) -> (members, sums)` on each population shard.
 
-  Arrays of members have the axis N first. `sums` over a shard's members come back as sums over all
-  members; shards do not wait for each other before that.
+  Arrays of members have the axis N first. `sums` over a shard's members are added up over all
+  shards; until then, shards do not wait for each other.
   """
 
   def on_shard(shared, *members):
@@ -47,7 +47,7 @@ def over_population(function: Callable) -> Callable:
       in_specs=(REPLICATED, *[by_member] * len(members)),
       out_specs=(by_member, REPLICATED),
       axis_names={"population"},
-      check_vma=False,  # Pallas outputs do not say over which axes they vary
+      check_vma=False,  # Pallas does not declare which axes its outputs vary over
     )(shared, *members)
 
   return spread
@@ -60,7 +60,7 @@ def local_index(i: jax.Array, n: int) -> jax.Array:
 
 
 def constrain_batch(x_B: jax.Array) -> jax.Array:
-  """Shards the first axis of x over `data`, so that XLA gathers the parameters of a layer and not
+  """Shards the first axis of x over `data`, so that XLA gathers a layer's parameters rather than
   its activations."""
   if axis_size("data") == 1 or len(x_B) % axis_size("data"):
     return x_B
@@ -68,7 +68,7 @@ def constrain_batch(x_B: jax.Array) -> jax.Array:
 
 
 def lookup(table_VD: jax.Array, index_B: jax.Array) -> jax.Array:
-  """table[index], on each data shard for its own sequences; XLA would gather all gradients."""
+  """table[index] on each data shard for its sequences; XLA alone would gather all gradients."""
   if len(index_B) % axis_size("data"):  # a model is initialized on a batch of one
     return table_VD[index_B]
   return _by_data_shard(lambda table, index: table[index], (REPLICATED, DATA), DATA)(
@@ -78,8 +78,8 @@ def lookup(table_VD: jax.Array, index_B: jax.Array) -> jax.Array:
 
 def shard_loss(loss: Callable) -> Callable:
   """Runs `loss(hidden [n, D], unembedding [V, D], targets [n], weights [n]) -> (sum, nll [n])` on
-  each data shard, for its own tokens and the whole unembedding. XLA cannot partition the kernels,
-  and would loop over a sharded axis."""
+  each data shard for its tokens, with the whole unembedding. XLA cannot partition the kernels, and
+  would loop over a sharded axis."""
 
   def on_shard(*arguments):
     total, nll = loss(*arguments)
@@ -89,8 +89,8 @@ def shard_loss(loss: Callable) -> Callable:
 
 
 def by_sequence(function: Callable) -> Callable:
-  """Runs `function` of arrays [B, ...] on each data shard for its own sequences: for kernels, which
-  XLA cannot partition."""
+  """Runs `function` of arrays [B, ...] on each data shard for its sequences: XLA cannot partition
+  kernels."""
 
   def spread(*arrays):
     where = REPLICATED if len(arrays[0]) % axis_size("data") else DATA
@@ -115,12 +115,12 @@ def _by_data_shard(function, in_specs, out_specs):
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
-  """The context in which a run's programs are traced; none on one device."""
+  """Context in which a run's programs are traced; does nothing on one device."""
   return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def constrain_state(state: Any) -> Any:
-  """Lays a state out as `state_shardings` says, inside a traced function."""
+  """Shards a state by `state_shardings`, inside a traced function."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return state
@@ -136,8 +136,9 @@ def replicate(x: Any) -> Any:
 def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
   """Shardings of a NamedTuple of arrays or ShapeDtypeStructs; None on one device.
 
-  The field `members` (axis N first) lies over `population`; of a large array in `members`, `eta`,
-  `params` or `opt_state`, the largest axis that divides lies over `data`. The rest is replicated.
+  The field `members` (axis N first) is sharded over `population`. Arrays of at least `large`
+  elements in `members`, `eta`, `params` or `opt_state` are sharded over `data` along their largest
+  axis that it divides. All else is replicated.
   """
   if mesh.size == 1:
     return None
@@ -158,13 +159,13 @@ def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
 
 
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding | None:
-  """Sharding of arrays whose leading axes lie over these axes of the mesh; None on one device."""
+  """Shards the leading axes of an array over these axes of the mesh; None on one device."""
   return NamedSharding(mesh, PartitionSpec(*axes)) if mesh.size > 1 else None
 
 
 def shard(x: Any, *axes: str | None) -> Any:
-  """Spreads arrays that every host holds whole over the mesh in use: their leading axes over the
-  named axes of the mesh, where these divide them. On one device, the arrays as they are."""
+  """Shards arrays that every host holds in full: their leading axes over the named axes of the mesh
+  in use, where these divide them. On one device, returns them unchanged."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty or mesh.size == 1:
     return x
@@ -190,7 +191,7 @@ def host_slice(sharding: NamedSharding | None, shape: tuple[int, ...]) -> tuple[
 
 
 def from_host_slices(part: Any, sharding: NamedSharding | None, shape: tuple[int, ...]) -> Any:
-  """Global arrays [*shape]; each host gives the `host_slice` of its devices."""
+  """Global arrays [*shape], of which each host passes its `host_slice`."""
   if sharding is None:
     return part
   first = [s.start for s in host_slice(sharding, shape)]

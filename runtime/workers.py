@@ -1,6 +1,6 @@
-"""Independent tasks in turn, or on CPUs several at a time, each on a core of its own.
+"""Independent tasks, in turn or (on CPUs) several at a time, each on its own core.
 
-A small model's step uses little more than one core, so two side by side cost nothing.
+A small model's step uses little more than one core, so two at a time take no longer.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ from runtime.cli import check
 
 
 class Workers:
-  """Calls task(item, *arguments, progress) for items, `jobs` of them at a time."""
+  """Calls task(item, *arguments, progress) for `jobs` items at a time."""
 
   def __init__(self, arguments: tuple, jobs: int):
     self.arguments, self.pool = arguments, None
@@ -34,7 +34,7 @@ class Workers:
       self.pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start, (cores,))
 
   def do(self, title: str, task: Callable, items: list) -> None:
-    """Returns when all are done; the first error ends the others."""
+    """Returns when all items are done; the first error stops the others."""
     if self.pool is None:
       for item in items:
         task(item, *self.arguments, True)
@@ -66,6 +66,6 @@ def _start(cores):
 
 
 def _exit_with_parent():
-  """No orphan may write into a resumed run."""
+  """Stops a worker whose parent died, so that no orphan writes into a resumed run."""
   multiprocessing.parent_process().join()
   os._exit(1)

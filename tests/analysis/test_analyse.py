@@ -169,9 +169,9 @@ def test_constant_heuristics_are_named_and_copies_of_others_change_no_r2():
 # What is rated.
 
 
-def fake_rater(**settings):
+def fake_rater(**options):
   """Rates the first letters: the sum of a row's first two tokens."""
-  config = settings.Config(sequence_length=32, **settings)
+  config = settings.Config(sequence_length=32, **options)
   score = lambda eta, batch: np.asarray(batch.tokens[:, :2].sum(axis=1), np.float32)
   return TrainedRater(config, load_tokenizer("bytes"), None, score, 0, "f")
 

@@ -126,7 +126,7 @@ def test_panels_state_both_correlations_and_no_line_runs_below_zero(write):
   noise = np.tile([0, 0.1, 0.3, 0.6, 0.9], 40)
   steep = -12 * noise + rng.normal(0, 0.1, 200)
   figure = write({0: np.zeros(200), 30: steep}, noise, ["a"] * 200)[2]["noise_vs_weight.png"]
-  fit = training_report.weight_fit(steep, noise, None)
+  fit = training_report.weight_fit(steep, noise)
   assert fit["intercept"] + fit["slope"] * 0.9 < 0  # it would, without the cut
   titles = [axis.get_title() for axis in figure.axes]
   assert titles[0].endswith("R² 0.000, Spearman undefined")
@@ -195,7 +195,7 @@ def test_without_earlier_scores_there_is_no_autocorrelation(write):
   known = metrics(AGES[:4], {4: 0.75})
   summary, results, figures = write({0: [1.0]}, [np.nan], ["a"], known)
   assert results["score_autocorrelation"] == 0.75
-  assert "correlate 0.750 with those 2 meta-steps earlier" in summary
+  assert "correlate 0.750 with the scores 2 meta-steps earlier" in summary
   (line,) = figures["meta_gradients.png"].axes[2].get_lines()
   assert line.get_xydata().tolist() == [[4, 0.75]]
 

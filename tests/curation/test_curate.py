@@ -38,6 +38,8 @@ from runtime.cli import UserError
 from runtime.workdir import Checkpoints, open_workdir
 from transformer import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WORDS = "the rater scores each text and the inner models learn from what it likes best".split()
 NEW = ["datarater_score", "datarater_quantile", "datarater_keep"]
 
@@ -65,7 +67,7 @@ def make_rater(workdir, seed, tokenizer="bytes"):
   settings = config.Config(rater="nano", sequence_length=32, tokenizer=tokenizer)
   open_workdir(workdir, settings, "corpus")
   rater = config.make_rater(settings, load_tokenizer(tokenizer).vocab_size)
-  eta = rater.init(jax.random.PRNGKey(seed))
+  eta = jax.jit(rater.init)(jax.random.PRNGKey(seed))
   head = jax.random.normal(jax.random.PRNGKey(seed + 1), eta["~"]["score_head"].shape)
   eta["~"]["score_head"] = head
   checkpoints = Checkpoints(workdir)
@@ -77,8 +79,8 @@ def make_rater(workdir, seed, tokenizer="bytes"):
 @pytest.fixture(autouse=True)
 def one_rater(monkeypatch):
   """The runs of this process share the compiled rater."""
-  monkeypatch.setattr(curation.job, "open_rater", OPEN)
-  monkeypatch.setattr(rating, "open_rater", OPEN)
+  for module in (curation.job, rating):
+    monkeypatch.setattr(module, "open_rater", lambda workdir: OPEN(str(workdir)))
 
 
 OPEN = functools.cache(rating.open_rater)
@@ -308,7 +310,7 @@ def scores_one_piece_at_a_time(workdir, texts):
   return expected
 
 
-def test_scores_are_the_trained_rater_s_whatever_the_length(workdir, job, tmp_path):
+def test_scores_are_the_trained_rater_s_at_any_length(workdir, job, tmp_path):
   texts = make_texts(60) + ["x" * n for n in range(1, 70)]
   output = job(write_lines(tmp_path / "in.jsonl", [{"text": t} for t in texts]), score_only=True)
   records = read_jsonl(output)
@@ -423,7 +425,7 @@ def test_pointwise_selection_against_the_binomial_sum(B, discard):
   assert selection.pointwise(quantiles[:0], coins[:0], B, discard).tolist() == []
 
 
-@pytest.mark.parametrize("n, B, discard", [(100, 16, 0.5), (33, 32, 0.75), (5, 8, 0.5), (64, 8, 0)])
+@pytest.mark.parametrize("n, B, discard", [(500, 7, 0.3), (33, 32, 0.75), (5, 8, 0.5), (64, 8, 0)])
 def test_top_k_against_a_loop(n, B, discard):
   scores = np.random.default_rng(1).integers(0, 9, n).astype(np.float32)  # with ties
   order, kept = np.random.default_rng(3).permutation(n), set()
@@ -532,6 +534,7 @@ def environment(tmp_path_factory):
   return os.environ | {
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # as in this process: the same bytes
   }
 
 
@@ -742,7 +745,7 @@ def test_max_documents_and_many_bad_records_in_a_long_file(job, tmp_path):
     (dict(selection="best"), "--selection=best is unknown: choose one of pointwise, top_k"),
     (dict(format="csv"), "--format=csv is unknown: choose one of jsonl, parquet"),
     (dict(batch_size=0), "--batch_size=0 must be at least 1"),
-    (dict(text_field="body"), "set text_field to one of the fields there"),
+    (dict(text_field="body"), "set --text_field to"),
     (dict(runner="DirectRunner", selection="top_k"), "use pointwise"),
     (dict(runner="DirectRunner", max_documents=3), "leave it out"),
     (dict(runner="NoSuchRunner"), "--runner=NoSuchRunner"),
@@ -802,9 +805,8 @@ def test_from_the_command_line_mistakes_are_one_line(workdir, tmp_path, environm
      "go with --coordinator"),
   ):  # fmt: skip
     result = run(variables, sys.executable, "curate.py", *arguments)
-    errors = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert len(errors) == 1 and message in errors[0], result.stderr
+    jobs.assert_one_line_error(result, message)
+    assert result.returncode == 2
 
 
 # Beam
