@@ -73,7 +73,7 @@ class Config:
   steps: int | None = option(None, "updates; rounded up to a multiple of --evaluations")
   learning_rate: float | None = option(None, "peak of the cosine schedule")
   dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
-  loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
+  loss_backend: str = option("xla", "of the fused loss: a name in kernels.loss.BACKENDS")
   attention_backend: str = option("xla", "a name in transformer.ATTENTION")
   # What they are measured on.
   evaluations: int = option(20, "points of a learning curve")
@@ -104,7 +104,7 @@ class Config:
     for name, choices in (
       ("scorer", (None, *transformer.PRESETS)),
       ("dtype", ("float32", "bfloat16")),
-      ("loss_backend", kernels.BACKENDS),
+      ("loss_backend", kernels.loss.BACKENDS),
       ("attention_backend", transformer.ATTENTION),
     ):
       value = getattr(self, name)

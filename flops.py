@@ -7,7 +7,6 @@ Symbols: T inner steps, B sequences, S tokens, D width, H heads, K head width, V
 F operations of one forward pass of an inner model over a batch, R of the rater's.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -133,11 +132,7 @@ def _count_equation(equation, recomputing):
     if estimate is not None:
       return Flops(products=estimate.flops, recomputed=estimate.flops * recomputing)
     return sum(inner, Flops()).times(math.prod(params["grid_mapping"].grid))
-  if name == "operation":  # of kernels/operation.py
-    apply = functools.partial(equation.primitive.impl, **params)
-    shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
-    return _count(jax.make_jaxpr(apply)(*shapes).jaxpr, recomputing)
-  if inner:  # a call: jit, remat, custom_jvp, custom_vjp, ...
+  if inner:  # a call: jit, remat, custom_jvp, custom_vjp, an operation of kernels/, ...
     # A sort's, scatter's or reduction's body is for one pair of numbers: it falls below.
     if not name.startswith(("reduce", "scatter", "sort", "select_and", "argm")):
       return sum(inner, Flops())

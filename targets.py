@@ -19,8 +19,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+import kernels.device
 from cli import check
-from kernels import pallas_gpu, pallas_tpu
 
 
 class Chip(NamedTuple):
@@ -141,13 +141,8 @@ def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
 def lowering_for(target: str):
   """Kernels traced here are the target's own, for its own compiler."""
   platform, kind = chip(target).platform, device(target).device_kind
-  backend = pallas_gpu if platform == "cuda" else pallas_tpu
-  before, backend.DEVICE = backend.DEVICE, kind
-  try:
-    with _abstract_device(platform, kind):
-      yield
-  finally:
-    backend.DEVICE = before
+  with kernels.device.compile_for(kind), _abstract_device(platform, kind):
+    yield
 
 
 def _abstract_device(platform, kind):

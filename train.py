@@ -68,7 +68,7 @@ class Config:
   model: str = option("tiny", "size of the inner models theta")
   rater: str = option("tiny", "size of the rater eta")
   dtype: str = option("float32", "of activations and matmul inputs: float32 or bfloat16")
-  loss_backend: str = option("xla", "of the fused loss: a name in kernels.BACKENDS")
+  loss_backend: str = option("xla", "of the fused loss: a name in kernels.loss.BACKENDS")
   attention_backend: str = option("xla", "a name in transformer.ATTENTION")
   # Algorithm 1.
   meta_steps: int = option(80, "K, updates of the rater")
@@ -130,7 +130,7 @@ class Config:
       ("rater", transformer.PRESETS),
       ("remat", (None, *transformer.REMAT)),
       ("dtype", ("float32", "bfloat16")),
-      ("loss_backend", kernels.BACKENDS),
+      ("loss_backend", kernels.loss.BACKENDS),
       ("attention_backend", transformer.ATTENTION),
     ):
       value = getattr(self, name)

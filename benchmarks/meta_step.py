@@ -50,7 +50,7 @@ flags.DEFINE_integer("batch", 8, "sequences of an inner and of an outer batch")
 flags.DEFINE_integer("microbatches", 1, "parts that a batch is formed in")
 flags.DEFINE_integer("repeats", 7, "timed meta-steps")
 flags.DEFINE_string("dtype", "float32", "of activations and matmul inputs")
-flags.DEFINE_enum("loss_backend", "xla", list(kernels.BACKENDS), "of the fused loss")
+flags.DEFINE_enum("loss_backend", "xla", list(kernels.loss.BACKENDS), "of the fused loss")
 flags.DEFINE_list("attention_backend", ["xla"], "names in transformer.ATTENTION")
 
 # Of jax.Device.device_kind, a part -> the name in targets.CHIPS.

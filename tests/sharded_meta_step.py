@@ -24,7 +24,6 @@ import meta_step
 import pretrain
 import transformer
 import workdir
-from kernels import pallas_tpu
 
 N, T, B, S, M, V, D = 8, 2, 8, 12, 3, 40, 16
 LARGE = 128  # all but norms and the head
@@ -163,7 +162,6 @@ def float64():
 
 
 def kernels():
-  pallas_tpu.INTERPRET = True
   expected, _ = two_calls((1, 1))
   actual, _ = two_calls((2, 4), backend="pallas_tpu")
   assert_close(actual, expected, 1e-5)

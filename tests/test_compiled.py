@@ -25,7 +25,8 @@ import plan
 import targets
 import train
 from benchmarks import attention, loss
-from kernels import pallas_gpu
+from kernels import device
+from kernels.loss import pallas_gpu
 
 N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
 VOCABULARIES = {32_000: 10, 256_000: 50}  # V -> how many times less temporary memory than dense
@@ -254,7 +255,8 @@ def test_what_does_not_fit_is_told():
 @pytest.mark.skipif(missing["h100"], reason=reason)
 def test_too_much_shared_memory_is_refused(monkeypatch):
   """So a passing compile means that the kernels fit."""
-  chip = pallas_gpu.Chip(10**9, (128, 256, 64), (128, 128, 64), 8, 9)
-  monkeypatch.setattr(pallas_gpu, "CHIPS", {"": chip})
+  preferred = pallas_gpu.Preferred((128, 256, 64), (128, 128, 64), 8, 9)
+  monkeypatch.setattr(pallas_gpu, "PREFERRED", {"": preferred})
+  monkeypatch.setattr(device, "SHARED_BYTES", {"": 10**9})
   with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
     _compile("h100", "pallas_gpu", "value", 32_000)
