@@ -55,7 +55,7 @@ def _jvp(arrays, tangents, **params):
   results = _operation_p.bind(*arrays, **params)
   tangents = [None if isinstance(t, ad.Zero) else t for t in tangents]
   tangents = operation.jvp(static, _restore(arrays, given), results, _restore(tangents, given))
-  zero = ad.Zero.from_primal_value
+  zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
   return results, [zero(x) if t is None else t for x, t in zip(results, tangents, strict=True)]
 
 

@@ -3,11 +3,12 @@
 A program owns a block of queries or keys and loops over the blocks of the other side, for causal
 attention only over the visible ones. No array of queries by keys is ever in device memory.
 
-              keys                                              keys
-            +------+------+-- -+                              +------+
-  queries:  | one tile at a    |  o, o', dq, dq'    queries   | one  |  dk, dv, dk', dv'
-  a block   | time +------+-- -+                              | at a |
-            +------+                                          : time :
+              keys                                            keys
+            +------+------+-- -+                            +------+
+  queries:  | tile | tile |    |  o, o', dq, dq'  queries   | tile |  dk, dv, dk', dv'
+  a block   +------+------+-- -+                            +------+
+                                                            | tile |
+                                                            :      :
 
 A unit is 2 K FLOPs per pair of a query and a key. The passes take 2 units, or 5 for tangents
 (values), 3 and 7 (queries), 4 and 10 (keys). Gradients of both sides in one pass would take 5 and
