@@ -354,6 +354,30 @@ def test_product_under_vmap_and_checkpoint_is_that_of_each_member(backend, block
     assert_close([x[i] for x in actual], expected, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("backend", PALLAS)
+def test_members_share_what_is_not_mapped(backend, no_effects):
+  """One unembedding for all members: their gradients by it add up."""
+  (h, w, y, c), (other, *_) = (_inputs(n=20, d=8, v=150, seed=seed) for seed in (0, 1))
+  total = lambda h, w: jnp.sum(jax.vmap(_loss(backend, y), (0, None, None))(h, w, c))
+  stacked = jnp.stack([h, other])
+  grads = jax.jit(jax.grad(total, (0, 1)))(stacked, w)
+  each = [_dense(x, w, y, c)[1:] for x in (h, other)]
+  expected = np.stack([each[0][0], each[1][0]]), each[0][1] + each[1][1]
+  assert_close(grads, expected, TOLERANCE["float32"])
+
+
+def test_a_function_is_traced_again_for_another_device():
+  inputs = _inputs(n=4, d=3, v=5)
+  loss = jax.jit(lambda *x: score_weighted_loss(*x, backend="pallas_tpu"))
+  here = str(loss.trace(*inputs).jaxpr)
+  with device.compile_for("NVIDIA H100"):
+    assert device.kind("pallas_tpu") is None and device.kind("pallas_gpu") == "NVIDIA H100"
+  with device.compile_for("TPU v5 lite"):
+    there = str(loss.trace(*inputs).jaxpr)
+  assert "interpret=False" in there and "interpret=False" not in here
+  assert str(loss.trace(*inputs).jaxpr) == here
+
+
 def test_sharded_over_tokens_and_vocabulary():
   """On 8 devices, which this process does not have."""
   here = os.path.dirname(__file__)
