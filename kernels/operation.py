@@ -33,6 +33,7 @@ class Operation(NamedTuple):
   def __call__(self, static: Any, arrays: tuple, n: int = 0) -> tuple:
     given = tuple(x is not None for x in arrays)
     present = [x for x in arrays if x is not None]
+    # Traced here rather than at lowering: under the caller's mesh and for its device.
     jaxpr = jax.make_jaxpr(lambda *present: self.apply(static, _restore(present, given)))(*present)
     params = dict(jaxpr=jaxpr, operation=self, static=static, given=given, n=n)
     return tuple(_operation_p.bind(*present, **params))
