@@ -11,10 +11,9 @@ import inner_loop
 import meta_step
 import transformer
 from corpus.documents import DataConfig
-from kernels import BACKENDS
+from kernels.loss import BACKENDS
 from runtime import devices
 from runtime.cli import check, option
-
 
 DTYPES = ("float32", "bfloat16")
 

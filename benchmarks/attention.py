@@ -1,13 +1,13 @@
-"""One table of attention: backends x orders x head widths, on the device here or compiled.
+"""A table of attention: backends x orders x head widths, run here or only compiled.
 
   python -m benchmarks.attention                  # time and memory; on a GPU under 8 minutes
-  python -m benchmarks.attention --target=h100    # compile only, for a device that is not here
+  python -m benchmarks.attention --target=h100    # compile only, no device needed
   python -m benchmarks.attention --heads=10x128 --batch=8 --seq=4096 --backends=xla,pallas_gpu
 
 Orders: value; gradient by queries, keys and values; product = jax.jvp of that gradient (forward
-over reverse), the gradient itself not read. `TFLOP` are the products that a backend forms. `moved`
-is read from the compiled module: what its operations read and write, were nothing kept in a cache.
-On a CPU the Pallas backends are not timed: there they run in an interpreter.
+over reverse) without the gradient itself. `TFLOP` counts a backend's matmul FLOPs. `moved` are the
+bytes that the compiled module's operations read and write, assuming no cache. Pallas backends are
+not timed on a CPU, where they are interpreted.
 
 Axes: B sequences, H heads, S tokens, K head width.
 """
@@ -56,22 +56,18 @@ def main():
           continue
         function, shapes = orders(backend)[order], inputs(B, S, H, K, dtype, order)
         if run:
-          formed, compiled = (
-            flops.count(function, *shapes),
-            jax.jit(function).lower(*shapes).compile(),
-          )
+          matmuls = flops.count(function, *shapes).products
+          compiled = jax.jit(function).lower(*shapes).compile()
           text = compiled.as_text()
         else:
           with targets.lowering_for(args.target):
-            formed = flops.count(function, *shapes)
+            matmuls = flops.count(function, *shapes).products
           compiled, text = targets.compile_for(args.target, function, *shapes)
         temp = compiled.memory_analysis().temp_size_in_bytes
-        row += (
-          f"{formed.products / 1e12:8.3f}{temp / 1e6:10.1f}{hlo.traffic(text).bytes / 1e9:10.2f}"
-        )
+        row += f"{matmuls / 1e12:8.3f}{temp / 1e6:10.1f}{hlo.traffic(text).bytes / 1e9:10.2f}"
         if run:
           low, median = loss.seconds(compiled, shapes, 1, args.repeats)
-          row += f"{low * 1e3:9.2f}{median * 1e3:9.2f}{formed.products / low / 1e12:9.1f}"
+          row += f"{low * 1e3:9.2f}{median * 1e3:9.2f}{matmuls / low / 1e12:9.1f}"
         print(row, flush=True)
 
 

@@ -1,21 +1,21 @@
-"""One table of the score-weighted loss: backends x orders x sizes, on the device here or compiled.
+"""A table of the score-weighted loss: backends x orders x sizes, run here or only compiled.
 
   python -m benchmarks.loss                  # time, memory, matmul units; on a GPU under 8 minutes
-  python -m benchmarks.loss --target=h100    # compile only, for a device that this machine has not
+  python -m benchmarks.loss --target=h100    # compile only, no device needed
   python -m benchmarks.loss --sizes=16384x1280x32000 --backends=xla,pallas_gpu
 
 Orders: value; gradient by hidden, unembedding and weights; product = jax.jvp of that gradient along
-all three (forward over reverse), the gradient itself not read. `units` counts matmul FLOPs in
-2 N D V, walked out of the jaxpr with its trip counts; the minimum is 1, 3 and 7. `rate` is that
-minimum of FLOPs over the time, as a share of what a large matmul of the same dtype reaches here.
-`temp` is of the compiled module. On a CPU the Pallas backends are not timed: there they run in an
-interpreter. Tokamax, Liger and Cut Cross Entropy stand in the table where they are installed
-(gradient by hidden and unembedding, unweighted).
+all three (forward over reverse) without the gradient itself. `units` are matmul FLOPs in 2 N D V,
+from the jaxpr and its trip counts; the minimum is 1, 3 and 7. `rate` is the minimum FLOPs over the
+time, relative to a large matmul of the same dtype on this device. `temp` is the temporary memory of
+the compiled module. Pallas backends are not timed on a CPU, where they are interpreted. Tokamax,
+Liger and Cut Cross Entropy are added if installed (gradient by hidden and unembedding, unweighted).
 
 Axes: N tokens, D model width, V vocabulary.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import statistics
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from kernels import pallas_gpu, pallas_tpu, score_weighted_loss
+from kernels import score_weighted_loss
 from planner import targets
 
 MINIMUM = {"value": 1, "gradient": 3, "product": 7}
@@ -38,7 +38,7 @@ SIZES = {
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--target", choices=targets.NAMES, help="compile for it and run nothing")
-  parser.add_argument("--backends", help="comma-separated; default: those made for the device")
+  parser.add_argument("--backends", help="comma-separated; default: those for the device")
   parser.add_argument("--sizes", help="comma-separated NxDxV")
   parser.add_argument("--dtype", help="of hidden; default float32 on CPU, else bfloat16")
   parser.add_argument("--repeats", type=int, default=7)
@@ -47,7 +47,6 @@ def main():
   if args.target:
     jax.config.update("jax_platforms", "cpu")
   platform = args.target or jax.default_backend()
-  pallas_tpu.INTERPRET = True  # the default interpreter's callbacks keep what nobody reads
   kind = "cpu" if platform == "cpu" else "gpu" if platform in ("gpu", "h100") else "tpu"
   ours = {"gpu": ["pallas_gpu"], "tpu": ["pallas_tpu"], "cpu": ["pallas_gpu", "pallas_tpu"]}[kind]
   backends = args.backends.split(",") if args.backends else ["reference", "xla", *ours]
@@ -89,7 +88,7 @@ def main():
             low, median = seconds(compiled, shapes, V, args.repeats)
             rate = MINIMUM[order] * flops / low / peak
             row += f"{low * 1e3:10.2f}{median * 1e3:10.2f}{rate:7.0%}"
-        except Exception as error:  # does not fit: the table goes on
+        except Exception as error:  # does not fit: continue with the table
           if "RESOURCE_EXHAUSTED" not in str(error):
             raise
           row += "  does not fit in memory"
@@ -122,14 +121,9 @@ def inputs(N, D, V, dtype, order):
 
 
 def matmul_flops(target, function, *shapes) -> float:
-  """FLOPs of the matmuls that `function` needs for its results, in loops and kernels too."""
-  kind = targets.device(target).device_kind if target else None
-  before = pallas_gpu.DEVICE, pallas_tpu.DEVICE
-  pallas_gpu.DEVICE, pallas_tpu.DEVICE = kind or before[0], kind or before[1]
-  try:
+  """FLOPs of the matmuls that the results depend on, including loops and kernels."""
+  with targets.lowering_for(target) if target else contextlib.nullcontext():
     jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
-  finally:
-    pallas_gpu.DEVICE, pallas_tpu.DEVICE = before
   return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 

@@ -24,9 +24,9 @@ import jax
 
 import datarater
 import inner_loop
-import kernels
 import meta_step
 import transformer
+from kernels.loss import BACKENDS
 from planner import flops, targets
 from runtime import cli, cpu
 from runtime.cli import option
@@ -58,7 +58,7 @@ class Settings:
   batch: int = option(8, "sequences of an inner and of an outer batch", at_least=1)
   microbatches: int = option(1, "of a batch", at_least=1)
   dtype: str = option("float32", "of activations and matmul inputs")
-  loss_backend: str = option("xla", "kernels of the loss", choices=kernels.BACKENDS)
+  loss_backend: str = option("xla", "kernels of the loss", choices=BACKENDS)
   repeats: int = option(7, "timed meta-steps", at_least=1)
   profile: bool = option(False, "also list the device's kernels by time")
   __post_init__ = cli.check_fields

@@ -14,7 +14,7 @@ from config import make_rater
 from corpus.tokenizer import load_tokenizer
 from evaluation import compare, pretrain
 from evaluation.multiple_choice import TASKS
-from kernels import BACKENDS
+from kernels.loss import BACKENDS
 from rating import rater_config
 from runtime.cli import check, check_fields, option
 

@@ -7,7 +7,6 @@ Symbols: T inner steps, B sequences, S tokens, D width, H heads, K head width, V
 of a forward pass of the inner model over a batch, R of the rater.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -169,10 +168,6 @@ def _walk(jaxpr, estimates, times, recomputing):
       inner = []
     elif name == "pallas_call":
       repeats = math.prod(params["grid_mapping"].grid)
-    elif name == "operation" and not inner:
-      apply = functools.partial(equation.primitive.impl, **params)
-      shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
-      inner = [jax.make_jaxpr(apply)(*shapes).jaxpr]
     if not inner:
       yield equation, times, again
     for body in inner:

@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from kernels import pallas_gpu, pallas_tpu
+import kernels.device
 from runtime.cli import check
 
 
@@ -138,13 +138,8 @@ def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
 def lowering_for(target: str):
   """Context in which kernels are traced for the target and its compiler."""
   platform, kind = chip(target).platform, device(target).device_kind
-  backend = pallas_gpu if platform == "cuda" else pallas_tpu
-  before, backend.DEVICE = backend.DEVICE, kind
-  try:
-    with _abstract_device(platform, kind):
-      yield
-  finally:
-    backend.DEVICE = before
+  with kernels.device.compile_for(kind), _abstract_device(platform, kind):
+    yield
 
 
 def _abstract_device(platform, kind):

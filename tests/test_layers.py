@@ -51,16 +51,18 @@ def part_of(module: str) -> str | None:
   return next((name for name in candidates if name in LAYERS), None)
 
 
-def imports(source: str) -> set[str]:
-  """All modules that a source imports, at any depth of its code."""
-  found = set()
+def imports(source: str, modules: set[str]) -> set[str]:
+  """All that a source imports, at any depth of its code. `from a import b` imports a.b where that is
+  one of the modules, else a."""
+  targets = set()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      targets |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, "imports are absolute"
-      found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-  return found
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+      targets |= {name if name in modules else node.module for name in names}
+  return targets
 
 
 def sources() -> dict[str, str]:
@@ -81,7 +83,7 @@ def violations(modules: dict[str, str]) -> list[str]:
     if part is None:
       wrong.append(f"{name} stands in no layer")
       continue
-    for target in sorted(imports(source)):
+    for target in sorted(imports(source, set(modules))):
       other = part_of(target)
       if target in COMMANDS:
         wrong.append(f"{name} imports the command {target}")
@@ -94,7 +96,9 @@ def violations(modules: dict[str, str]) -> list[str]:
 
 def cycles(modules: dict[str, str]) -> list[str]:
   """Modules that import themselves by way of others."""
-  graph = {name: imports(source) & set(modules) - {name} for name, source in modules.items()}
+  graph = {
+    name: imports(source, set(modules)) & set(modules) - {name} for name, source in modules.items()
+  }
 
   def reaches(start):
     seen, stack = set(), list(graph[start])

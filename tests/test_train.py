@@ -219,7 +219,7 @@ def test_noise_table_on_scores_with_known_answer():
 
 def test_weight_fit_finds_the_r2_of_an_exact_and_of_an_independent_relation():
   rng = np.random.default_rng(0)
-  noise, source = rng.uniform(0.1, 0.8, 128), np.repeat("a", 128)
+  noise = rng.uniform(0.1, 0.8, 128)
   assert training_report.weight_fit(np.log(1 - noise), noise)["r2"] == pytest.approx(1)
   assert training_report.weight_fit(rng.normal(size=128), noise)["r2"] < 0.1
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import assert_close
 
-import kernels.xla
+import kernels.loss.xla
 import transformer
 from transformer import Batch, TransformerConfig
 
@@ -270,7 +270,7 @@ def test_no_order_of_differentiation_forms_all_scores_or_all_logits(monkeypatch,
   s, v, block, rows = 23, 101, 8, 6
   tokens = _tokens(shape=(1, s), v=v)
   batch = Batch(tokens, jnp.ones_like(tokens))
-  monkeypatch.setattr(kernels.xla, "CHUNK_ELEMENTS", rows * v)
+  monkeypatch.setattr(kernels.loss.xla, "CHUNK_ELEMENTS", rows * v)
 
   def shapes(config, backend):
     model = transformer.language_model(config, backend)

@@ -1,4 +1,4 @@
-"""kernels/attention.py against dense float64 attention, to second order.
+"""kernels/attention/ against dense float64 attention, to second order.
 
 Axes: B sequences, H heads, S tokens, K head width.
 """
@@ -14,26 +14,25 @@ import pytest
 from conftest import assert_close
 
 import transformer
-from kernels import attention as kernel
-from kernels import pallas_gpu
+from kernels import device
+from kernels.attention import BACKENDS, attention, passes
 from planner import flops
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, H, S, K = 2, 2, 80, 24
-BACKENDS = sorted(kernel.BACKENDS)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
   """Several blocks of either side, of unequal sizes; Triton's do not divide S."""
-  monkeypatch.setattr(kernel, "padding_block", lambda S, backend: 32)
+  monkeypatch.setattr(passes, "padding_block", lambda S, backend: 32)
 
   def sizes(pass_, *_):
-    return (16, 32) if pass_ is kernel._key_gradients_kernel else (32, 16)
+    return (16, 32) if pass_ is passes.key_gradients else (32, 16)
 
-  monkeypatch.setattr(kernel, "block_sizes", sizes)
+  monkeypatch.setattr(passes, "block_sizes", sizes)
 
 
 # One document; two, and padding; one that starts after padding and goes on to the end.
@@ -60,7 +59,7 @@ def dense(causal, segments=SEGMENTS):
 
 
 def fused(causal, backend, segments=SEGMENTS):
-  return lambda *qkv: kernel.attention(*qkv, jnp.asarray(segments), causal=causal, backend=backend)
+  return lambda *qkv: attention(*qkv, jnp.asarray(segments), causal=causal, backend=backend)
 
 
 def orders(attend, qkv, along, weights):
@@ -102,18 +101,18 @@ def test_blocks_of_their_own_choice(backend, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "backend, device, least",
+  "backend, kind, least",
   [("pallas_gpu", "NVIDIA H100", 16), ("pallas_gpu", "", 16), ("pallas_tpu", "TPU v5 lite", 128)],
 )
-def test_blocks_divide_a_sequence_that_is_padded_little(backend, device, least, monkeypatch):
+def test_blocks_divide_a_sequence_that_is_padded_little(backend, kind, least, monkeypatch):
   monkeypatch.undo()
   for S in (*range(1, 520), 1000, 2048, 3000):
-    padded = S + -S % kernel.padding_block(S, backend)
+    padded = S + -S % passes.padding_block(S, backend)
     assert padded - S <= max(S // 8, least - 1)
     for pass_, tangents, K, dtype in itertools.product(
-      kernel.UNITS, (True, False), (16, 64, 128, 256), TOLERANCE
+      passes.UNITS, (True, False), (16, 64, 128, 256), TOLERANCE
     ):
-      sizes = kernel.block_sizes(pass_, padded, K, dtype, tangents, backend, device)
+      sizes = passes.block_sizes(pass_, padded, K, dtype, tangents, backend, kind)
       assert all(size >= least and padded % size == 0 for size in sizes)
 
 
@@ -195,7 +194,9 @@ def test_a_transformer_is_the_same_with_it(backend, remat, scan, causal):
 def test_orders_that_there_are_not_say_so():
   attend = lambda x: jnp.sum(jnp.sin(fused(True, "pallas_gpu")(x, x, x)))
   (x,) = inputs(n=1)
-  with pytest.raises(NotImplementedError, match="not for reverse mode twice.*use the XLA backend"):
+  with pytest.raises(
+    NotImplementedError, match="not for reverse mode twice.*use the 'xla' backend"
+  ):
     jax.grad(lambda x: jnp.sum(jax.grad(attend)(x) ** 2))(x)
   along = lambda f: lambda x: jax.jvp(f, (x,), (x,))[1]
   with pytest.raises(NotImplementedError, match="attention's tangent has no forward derivative"):
@@ -208,7 +209,7 @@ def test_inputs_that_do_not_fit_are_told(monkeypatch):
     fused(True, "cuda")(q, k, v)
   with pytest.raises(ValueError, match="float16: pallas_gpu takes float32 and bfloat16"):
     fused(True, "pallas_gpu")(q.astype(jnp.float16), k, v)
-  monkeypatch.setattr(pallas_gpu, "triton", None)
+  monkeypatch.setattr(device, "triton", None)
   with pytest.raises(ValueError, match="needs the Triton backend"):
     fused(True, "pallas_gpu")(q, k, v)
 

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 import inner_loop
-import kernels
 import meta_step
 import transformer
 from benchmarks import loss
-from kernels import block_math, pallas_gpu, pallas_tpu, score_weighted_loss, xla
+from kernels import device, score_weighted_loss
+from kernels.loss import BACKENDS as BY_NAME
+from kernels.loss import block_math, pallas_gpu, pallas_tpu, xla
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "no_races")
 
 N, D, V = 37, 96, 1003
-BACKENDS = sorted(kernels.BACKENDS)
+BACKENDS = sorted(BY_NAME)
 PALLAS = ["pallas_gpu", "pallas_tpu"]
 PLAIN = sorted(set(BACKENDS) - set(PALLAS))
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -41,22 +42,23 @@ def blocks(request, monkeypatch):
 
 def _small_blocks(monkeypatch, cores=2):
   monkeypatch.setattr(xla, "CHUNK_ELEMENTS", -(-N * V // 5))  # 8 rows each, the last with 3 of pad
-  chip = pallas_tpu.Chip(64 << 20, cores, *[(16, 256)] * 4)  # 3 x 4 blocks, 2 x 3 x 2 in 2 cores
-  monkeypatch.setattr(pallas_tpu, "CHIPS", {"": chip})
-  chip = pallas_gpu.Chip(99 << 10, (16, 128, 32), (16, 64, 64), 4, 2)
-  monkeypatch.setattr(pallas_gpu, "CHIPS", {"": chip})
+  monkeypatch.setattr(device, "TPUS", {"": device.Tpu(64 << 20, cores)})
+  # 3 x 4 blocks, 2 x 3 x 2 in 2 cores
+  monkeypatch.setattr(pallas_tpu, "PREFERRED", {"": pallas_tpu.Preferred(*[(16, 256)] * 4)})
+  tiles = pallas_gpu.Preferred((16, 128, 32), (16, 64, 64), 4, 2)
+  monkeypatch.setattr(pallas_gpu, "PREFERRED", {"": tiles})
   monkeypatch.setattr(pallas_gpu, "CHUNK_ELEMENTS", 0)  # 1,024 columns at least: one chunk of V
 
 
 @pytest.fixture
 def no_effects(monkeypatch):
-  """The interpreter that watches works by callbacks, which remat refuses; kernels have none."""
+  """The interpreter that watches for races uses callbacks, which remat refuses."""
   monkeypatch.setattr(pallas_tpu, "INTERPRET", True)
 
 
 @pytest.fixture
 def no_races(monkeypatch, capfd):
-  """The TPU interpreter watches for races and reads past the end; a copy runs when waited for."""
+  """The TPU interpreter watches for races and reads past the end; copies run when awaited."""
   watchful = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
   monkeypatch.setattr(pallas_tpu, "INTERPRET", watchful)
   yield
@@ -297,7 +299,7 @@ def test_reverse_over_reverse_through_pallas_names_the_backends_that_can(backend
   grad = jax.grad(_loss(backend, targets), (0, 1, 2))
   for i in range(3):
     projected = lambda h, i=i: jnp.sum(grad(h, unembedding, weights)[i])
-    with pytest.raises(NotImplementedError, match=f"the {backend} loss.*'xla' or 'reference'"):
+    with pytest.raises(NotImplementedError, match=f"the {backend} loss.*use the 'xla' backend"):
       jax.grad(projected)(hidden)
 
 
@@ -352,6 +354,30 @@ def test_product_under_vmap_and_checkpoint_is_that_of_each_member(backend, block
     assert_close([x[i] for x in actual], expected, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("backend", PALLAS)
+def test_members_share_what_is_not_mapped(backend, no_effects):
+  """One unembedding for all members: their gradients by it add up."""
+  (h, w, y, c), (other, *_) = (_inputs(n=20, d=8, v=150, seed=seed) for seed in (0, 1))
+  total = lambda h, w: jnp.sum(jax.vmap(_loss(backend, y), (0, None, None))(h, w, c))
+  stacked = jnp.stack([h, other])
+  grads = jax.jit(jax.grad(total, (0, 1)))(stacked, w)
+  each = [_dense(x, w, y, c)[1:] for x in (h, other)]
+  expected = np.stack([each[0][0], each[1][0]]), each[0][1] + each[1][1]
+  assert_close(grads, expected, TOLERANCE["float32"])
+
+
+def test_a_function_is_traced_again_for_another_device():
+  inputs = _inputs(n=4, d=3, v=5)
+  loss = jax.jit(lambda *x: score_weighted_loss(*x, backend="pallas_tpu"))
+  here = str(loss.trace(*inputs).jaxpr)
+  with device.compile_for("NVIDIA H100"):
+    assert device.kind("pallas_tpu") is None and device.kind("pallas_gpu") == "NVIDIA H100"
+  with device.compile_for("TPU v5 lite"):
+    there = str(loss.trace(*inputs).jaxpr)
+  assert "interpret=False" in there and "interpret=False" not in here
+  assert str(loss.trace(*inputs).jaxpr) == here
+
+
 def test_sharded_over_tokens_and_vocabulary():
   """On 8 devices, which this process does not have."""
   here = os.path.dirname(__file__)
@@ -394,28 +420,28 @@ def test_merged_statistics_are_those_of_all_columns():
 
 
 @pytest.mark.parametrize("kernel", ["statistics", "gradients", "tangent_statistics", "tangents"])
-@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
-def test_tpu_blocks_fit_in_vmem_at_any_width(device, kernel):
-  chip = next(chip for name, chip in pallas_tpu.CHIPS.items() if device.startswith(name))
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_tpu_blocks_fit_in_vmem_at_any_width(kind, kernel):
+  chip = device.of_kind(device.TPUS, kind)
   for d in (1, 1280, 4096):
-    b = pallas_tpu.block_sizes(16384, d, 256_000, "bfloat16", "float32", device, kernel)
+    b = pallas_tpu.block_sizes(16384, d, 256_000, "bfloat16", "float32", kind, kernel)
     size = pallas_tpu.vmem_bytes(b.block_N, b.block_V, d, "bfloat16", "float32", kernel)
     assert size < b.vmem_limit_bytes < chip.vmem_bytes
     assert b.block_N % 16 == b.block_V % 128 == 0
-  assert (b.cores == 2) == (device == "TPU v5" and kernel in ("gradients", "tangents"))
+  assert (b.cores == 2) == (kind == "TPU v5" and kernel in ("gradients", "tangents"))
   with pytest.raises(ValueError, match="D = 1000000 needs .* bytes of VMEM.*xla"):
-    pallas_tpu.block_sizes(16384, 10**6, 256_000, "bfloat16", "float32", device, kernel)
+    pallas_tpu.block_sizes(16384, 10**6, 256_000, "bfloat16", "float32", kind, kernel)
 
 
 def test_blocks_of_a_400m_model_are_these():
-  tpu = lambda device, kernel: pallas_tpu.block_sizes(
-    16384, 1280, 32_000, "bfloat16", "float32", device, kernel
+  tpu = lambda kind, kernel: pallas_tpu.block_sizes(
+    16384, 1280, 32_000, "bfloat16", "float32", kind, kernel
   )[:3]
   assert tpu("TPU v5 lite", "gradients") == (512, 1280, 1)
   assert tpu("TPU v5", "tangents") == (256, 640, 2)
   assert tpu("TPU v6 lite", "statistics") == (2048, 640, 1)
-  gpu = lambda device, tangents: pallas_gpu.block_sizes(
-    16384, 1280, 32_000, "bfloat16", device, tangents
+  gpu = lambda kind, tangents: pallas_gpu.block_sizes(
+    16384, 1280, 32_000, "bfloat16", kind, tangents
   )[:4]
   assert gpu("NVIDIA H100 80GB HBM3", False) == (128, 256, 64, 1280)
   assert gpu("NVIDIA A100-SXM4-40GB", True) == (128, 128, 32, 1280)
@@ -464,14 +490,13 @@ def test_inputs_that_do_not_fit_are_named_with_their_shapes(changes, message):
 
 
 @pytest.mark.parametrize("order, minimum", loss.MINIMUM.items())
-def test_matmul_units(monkeypatch, order, minimum):
+def test_matmul_units(order, minimum):
   """In 2 N D V FLOPs: the minimum dense and in chunks; kernels form the logits once more."""
-  monkeypatch.setattr(pallas_tpu, "DEVICE", "TPU v5 lite")
-  monkeypatch.setattr(pallas_gpu, "DEVICE", "NVIDIA H100 80GB HBM3")
   n, d, v = 2048, 256, 32_000
   for backend in BACKENDS:
     shapes = loss.inputs(n, d, v, "bfloat16", order)
-    units = loss.matmul_flops(None, loss.orders(backend)[order], *shapes) / (2 * n * d * v)
+    with device.compile_for("TPU v5 lite" if backend == "pallas_tpu" else "NVIDIA H100"):
+      units = loss.matmul_flops(None, loss.orders(backend)[order], *shapes) / (2 * n * d * v)
     more = {"value": 0, "gradient": 1, "product": 3}[order] if backend in PALLAS else 0
     assert units == pytest.approx(minimum + more, rel=1e-2), backend
 

@@ -23,7 +23,8 @@ import inner_loop
 import mixflow
 from benchmarks import attention, loss
 from config import PRESETS, Config
-from kernels import pallas_gpu
+from kernels import device
+from kernels.loss import pallas_gpu
 from planner import hlo, plan, targets
 
 N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
@@ -250,7 +251,8 @@ def test_a_program_that_does_not_fit_is_reported():
 @pytest.mark.skipif(missing["h100"], reason=reason)
 def test_too_much_shared_memory_is_refused(monkeypatch):
   """Hence a passing compile means that the kernels fit."""
-  chip = pallas_gpu.Chip(10**9, (128, 256, 64), (128, 128, 64), 8, 9)
-  monkeypatch.setattr(pallas_gpu, "CHIPS", {"": chip})
+  preferred = pallas_gpu.Preferred((128, 256, 64), (128, 128, 64), 8, 9)
+  monkeypatch.setattr(pallas_gpu, "PREFERRED", {"": preferred})
+  monkeypatch.setattr(device, "SHARED_BYTES", {"": 10**9})
   with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
     _compile("h100", "pallas_gpu", "value", 32_000)

@@ -21,7 +21,6 @@ import datarater
 import meta_step
 import transformer
 from evaluation import pretrain
-from kernels import pallas_tpu
 from runtime import cli, devices, sharding, workdir
 
 N, T, B, S, K, V, D = 8, 2, 8, 12, 3, 40, 16
@@ -161,7 +160,6 @@ def float64():
 
 
 def kernels():
-  pallas_tpu.INTERPRET = True
   expected, _ = two_calls((1, 1))
   actual, _ = two_calls((2, 4), backend="pallas_tpu")
   assert_close(actual, expected, 1e-5)

@@ -1,34 +1,34 @@
 """The score-weighted loss as Mosaic kernels for TPUs.
 
-Statistics: lse, z[y] (and for tangents s, z'[y]) of all tokens; 1 matmul unit (3).
+Statistics: lse and z[y] (with tangents also s and z'[y]) of all tokens; 1 matmul unit (3).
 
               V: inner, W [block_V, D] streams by          grid (N blocks, V blocks)
             +------+------+------+-- -+
   N: outer  |  z   |  z   |  z   |    |  stays in VMEM: h [block_N, D], the running sums
-            +------+------+------+-- -+  [block_N, 1]; a tile z lives for one step
+            +------+------+------+-- -+  [block_N, 1]; a tile of z lives for one step
 
-Gradients: d_h, d_W, with z recomputed; 3 units (7 for their tangents), so 4 (10) in all.
+Gradients: d_h and d_W from recomputed z; 3 units (7 for their tangents), 4 (10) in total.
 
               V: outer, in 1 or 2 cores        grid (cores, V blocks of a core, N blocks)
             +------+------+
   N: inner  |  q   |      |  stays in VMEM: W [block_V, D] in the matmuls' dtype, d_W [block_V, D]
             +------+------+  in float32. d_h [N, D] float32 stays in HBM: a step reads its block,
-            |  q   |      |  adds q W and writes it back; both copies overlap with the matmuls, the
-            +------+------+  write with those of the next step
+            |  q   |      |  adds q W and writes it back; the read overlaps with the step's matmuls,
+            +------+------+  the write with the next step's
             :      :      :
 
-Units are 2 N D V FLOPs; the minimum is 3 for a gradient and 7 for forward-over-reverse, which needs
-[N, V] logits in memory or, as the `xla` backend, a pass over d_W for each chunk of tokens.
-Bytes over HBM, element sizes e (h), w (W), with the tangents' share in brackets:
+A unit is 2 N D V FLOPs. The minimum is 3 for a gradient and 7 for forward-over-reverse; it takes
+[N, V] logits in memory or a pass over d_W for each chunk of tokens, as in the `xla` backend.
+HBM traffic in bytes, with element sizes e (h) and w (W); factors for tangents in brackets:
   statistics  e N D [2x] + w V D [2x] N / block_N       minimum e N D + w V D
   gradients   (e [2x] + 8) N D V / block_V + 2 w V D [1.5x]
 Accumulating d_h in VMEM and d_W in HBM would cost (w [2x] + 8) V D N / block_N: the same for equal
-blocks, but d_W would take 4 V D bytes of float32 beside the result. A step of the gradient does
-6 block_N block_V D FLOPs for 10 block_N D bytes (bfloat16): 0.6 block_V a byte [1.2 block_V].
+blocks, but with 4 V D more bytes of memory for d_W in float32. A gradient step does 6 block_N
+block_V D FLOPs per 10 block_N D bytes (bfloat16): 0.6 block_V FLOPs per byte [1.2 block_V].
 
-Any N, D, V: N is padded with tokens of weight 0 to whole blocks (a copy of h), D to whole lanes of
-128 (a copy of h and W); the end of V is masked in the kernel, with no copy. v4 and v5p have two
-cores a chip: each takes half of the vocabulary and its own d_h, added up afterwards.
+Any N, D, V: tokens of weight 0 pad N to whole blocks (a copy of h), zeros pad D to whole lanes of
+128 (a copy of h and W), and the kernel masks the end of V without a copy. v4 and v5p have two cores
+per chip: each takes half of the vocabulary and sums its own d_h; the two are added afterwards.
 """
 
 from functools import partial
@@ -39,36 +39,32 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import block_math
-from kernels.second_order import differentiable
+from kernels import device
+from kernels.loss import block_math
+from kernels.loss.second_order import differentiable
 
-# The device kind to compile for. None: the device here; on a machine without TPU that means the
-# interpreter. Set it to compile for a TPU ahead of time.
-DEVICE: str | None = None
-INTERPRET = pltpu.InterpretParams()
+INTERPRET: bool | pltpu.InterpretParams = True  # without a TPU; tests watch for races
 
 LANES = 128
 
 
-class Chip(NamedTuple):
-  """What the block sizes depend on. Blocks are wishes, shrunk until they fit."""
+class Preferred(NamedTuple):
+  """(block_N, block_V) of each pass, halved until they fit in VMEM."""
 
-  vmem_bytes: int  # of a core
-  cores: int  # that share a device
-  statistics: tuple[int, int]  # block_N, block_V
+  statistics: tuple[int, int]
   gradients: tuple[int, int]
   tangent_statistics: tuple[int, int]
   tangents: tuple[int, int]
 
 
-# Derived from FLOPs and bytes above against each chip's ratio of the two, not measured: v6e needs
-# 560 FLOPs a byte, v5e 240, v5p 166. First match by prefix of the device kind.
-CHIPS = {
-  "TPU v5 lite": Chip(128 << 20, 1, (1024, 1280), (512, 1280), (1024, 640), (512, 640)),
-  "TPU v6 lite": Chip(128 << 20, 1, (2048, 640), (512, 1280), (1024, 640), (512, 640)),
-  "TPU v5": Chip(64 << 20, 2, (1024, 640), (512, 640), (512, 640), (256, 640)),
-  "TPU v4": Chip(16 << 20, 2, (512, 256), (256, 256), (256, 256), (128, 256)),
-  "TPU": Chip(64 << 20, 1, (1024, 640), (512, 640), (512, 640), (256, 640)),
+# By device kind. Derived from the FLOPs per byte above, not measured: v6e needs 560, v5e 240,
+# v5p 166.
+PREFERRED = {
+  "TPU v5 lite": Preferred((1024, 1280), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v6 lite": Preferred((2048, 640), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v5": Preferred((1024, 640), (512, 640), (512, 640), (256, 640)),
+  "TPU v4": Preferred((512, 256), (256, 256), (256, 256), (128, 256)),
+  "TPU": Preferred((1024, 640), (512, 640), (512, 640), (256, 640)),
 }
 
 
@@ -81,14 +77,14 @@ class Blocks(NamedTuple):
   vmem_limit_bytes: int
 
 
-def block_sizes(n, d, v, dtype, w_dtype, device: str, kernel: str) -> Blocks:
-  """The blocks of `kernel`, a pass named in Chip, for hidden [n, d] and unembedding [v, d].
+def block_sizes(n, d, v, dtype, w_dtype, kind: str, kernel: str) -> Blocks:
+  """The blocks of `kernel`, a pass named in Preferred, for hidden [n, d] and unembedding [v, d].
 
   Raises:
-    ValueError: where the smallest blocks do not fit in VMEM (d in the tens of thousands).
+    ValueError: the smallest blocks do not fit in VMEM (d in the tens of thousands).
   """
-  chip = next(chip for name, chip in CHIPS.items() if device.startswith(name))
-  block_N, block_V = getattr(chip, kernel)
+  chip = device.of_kind(device.TPUS, kind)
+  block_N, block_V = getattr(device.of_kind(PREFERRED, kind), kernel)
   cores = chip.cores if kernel in ("gradients", "tangents") else 1
   while True:
     even_N = _round_up(pl.cdiv(n, pl.cdiv(n, block_N)), 16)
@@ -103,14 +99,14 @@ def block_sizes(n, d, v, dtype, w_dtype, device: str, kernel: str) -> Blocks:
     else:
       raise ValueError(
         f"pallas_tpu: {kernel} with D = {d} needs {needed} bytes of VMEM in the smallest blocks, "
-        f"{device} has {chip.vmem_bytes}; use backend='xla'"
+        f"{kind} has {chip.vmem_bytes}; use backend='xla'"
       )
   cores = cores if pl.cdiv(v, even_V) % cores == 0 else 1
   return Blocks(even_N, even_V, cores, chip.vmem_bytes * 15 // 16)
 
 
 def _even_block(v, block_V, cores):
-  """The size up to block_V that divides the work among cores, is not small, and wastes least."""
+  """A size up to block_V: it divides the work among the cores, is not small, and pads least."""
 
   def badness(size):
     blocks = pl.cdiv(v, size)
@@ -120,7 +116,7 @@ def _even_block(v, block_V, cores):
 
 
 def vmem_bytes(block_N, block_V, d, dtype, w_dtype, kernel) -> int:
-  """VMEM of one kernel, buffer by buffer."""
+  """VMEM of one kernel, the sum of its buffers."""
   size, w_size = jnp.dtype(dtype).itemsize, jnp.dtype(w_dtype).itemsize
   d = _round_up(d, LANES)
   sides = 2 if kernel.startswith("tangent") else 1  # values, and their tangents
@@ -130,8 +126,8 @@ def vmem_bytes(block_N, block_V, d, dtype, w_dtype, kernel) -> int:
   tiles = (2 + 2 * sides) * block_N * block_V * 4  # z, p, q, z', q'
   cast = sides * block_V * d * size  # W in the matmuls' dtype
   operands = sides * ((block_N + block_V) * d + block_N * block_V)
-  # Products of float32 are taken of three bfloat16 parts, held in both orientations (fitted to what
-  # Mosaic reports: 38.5 MB of temporaries for 256 x 640 tangents at D = 1280).
+  # Float32 matmuls split operands into three bfloat16 parts, held in both orientations. The factor
+  # is fitted to Mosaic's report: 38.5 MB of temporaries for 256 x 640 tangents at D = 1280.
   parts = 12 * operands if size == 4 else 0
   if "statistics" in kernel:
     return tokens + table + columns + tiles + cast + parts
@@ -157,7 +153,7 @@ def _statistics_call(x):
   n, (v, d) = x["h"].shape[0], x["w"].shape
   tangents = x["dh"] is not None or x["dw"] is not None
   kernel = "tangent_statistics" if tangents else "statistics"
-  b = block_sizes(n, d, v, x["h"].dtype, x["w"].dtype, _device(), kernel)
+  b = block_sizes(n, d, v, x["h"].dtype, x["w"].dtype, _kind(), kernel)
   rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V)
   x = _padded(x, rows * b.block_N)
   d = x["h"].shape[1]
@@ -175,8 +171,8 @@ def _statistics_call(x):
     out_specs=[jax.tree.map(lambda _: token(1), outputs)],
     out_shape=[jax.tree.map(lambda _: column, outputs)],
     scratch_shapes=[jax.tree.map(lambda _: running, form)],
-    interpret=_interpret(),
-    compiler_params=_compiler_params(b, "parallel", "arbitrary"),
+    interpret=device.kind("pallas_tpu") is None and INTERPRET,
+    compiler_params=device.tpu_params(b.vmem_limit_bytes, "parallel", "arbitrary"),
     cost_estimate=_cost(x, v, 3 if tangents else 1, table_passes=rows),
   )(x)
   return jax.tree.map(lambda column: column[:n, 0], out)
@@ -201,11 +197,11 @@ def _statistics_kernel(x, out, stats, *, vocabulary):
 
 
 def _gradients_call(x):
-  """(d_h, d_W), or with tangents in `x` their tangents (d_h', d_W')."""
+  """(d_h, d_W), or (d_h', d_W') if `x` has tangents."""
   n, (v, d), dtype = x["h"].shape[0], x["w"].shape, x["h"].dtype
   tangents = "mean" in x
   kernel = "tangents" if tangents else "gradients"
-  b = block_sizes(n, d, v, dtype, x["w"].dtype, _device(), kernel)
+  b = block_sizes(n, d, v, dtype, x["w"].dtype, _kind(), kernel)
   rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V) // b.cores
   x = _padded(x, rows * b.block_N)
   wide = x["h"].shape[1]
@@ -231,8 +227,8 @@ def _gradients_call(x):
       pltpu.SemaphoreType.DMA((2,)),
       pltpu.SemaphoreType.DMA((2,)),
     ],
-    interpret=_interpret(),
-    compiler_params=_compiler_params(b, "parallel", "arbitrary", "arbitrary"),
+    interpret=device.kind("pallas_tpu") is None and INTERPRET,
+    compiler_params=device.tpu_params(b.vmem_limit_bytes, "parallel", "arbitrary", "arbitrary"),
     cost_estimate=_cost(x, v, 7 if tangents else 3, token_passes=b.cores * blocks_V),
   )(x)
   return jnp.sum(d_hidden, 0)[:n, :d].astype(dtype), d_table[:, :d]
@@ -255,7 +251,7 @@ def _gradients_kernel(x, d_hidden, d_table, tables, total, slots, reading, writi
     )
 
   @pl.when((blocks_N == 1) & (step > 0))
-  def _():  # the one block must have arrived before it is read again
+  def _():  # the only block must be written before it is read again
     written(step - 1).wait()
 
   @pl.when(j > 0)
@@ -263,7 +259,7 @@ def _gradients_kernel(x, d_hidden, d_table, tables, total, slots, reading, writi
     read.start()
 
   @pl.when(i == 0)
-  def _():  # rows past the end of V may hold anything, and 0 times that is not always 0
+  def _():  # rows past the end of V may hold NaN, and 0 times NaN is not 0
     row = first_column + jax.lax.broadcasted_iota(jnp.int32, (block_V, 1), 0)
     for name, ref in tables.items():
       ref[...] = jnp.where(row < vocabulary, x[name][...], 0).astype(ref.dtype)
@@ -275,19 +271,19 @@ def _gradients_kernel(x, d_hidden, d_table, tables, total, slots, reading, writi
   hit, valid = _columns(x["y"][...], z.shape, core * blocks_V + j, vocabulary)
   if "mean" not in x:
     q = block_math.logit_cotangent(z, lse, c, hit, valid).astype(h.dtype)
-    contribution = block_math.dot(q, w, (1, 0))
-    total[...] += block_math.dot(q, h, (0, 0))
+    contribution = device.dot(q, w, (1, 0))
+    total[...] += device.dot(q, h, (0, 0))
   else:
     dz = block_math.logit_tangents(h, w, dh, dw)
     mean, dc = x["mean"][...], _read(x["dc"])
     q, dq = block_math.logit_cotangent_tangent(z, lse, c, hit, valid, dz, mean, dc)
     q, dq = q.astype(h.dtype), dq.astype(h.dtype)
-    contribution = block_math.dot(dq, w, (1, 0))
-    total[...] += block_math.dot(dq, h, (0, 0))
+    contribution = device.dot(dq, w, (1, 0))
+    total[...] += device.dot(dq, h, (0, 0))
     if dw is not None:
-      contribution += block_math.dot(q, dw, (1, 0))
+      contribution += device.dot(q, dw, (1, 0))
     if dh is not None:
-      total[...] += block_math.dot(q, dh, (0, 0))
+      total[...] += device.dot(q, dh, (0, 0))
 
   @pl.when((blocks_N > 1) & (step > 0))
   def _():  # frees the other slot for the next step's read
@@ -314,7 +310,7 @@ def _gradients_kernel(x, d_hidden, d_table, tables, total, slots, reading, writi
 
 
 def _columns(targets_N1, shape, block, vocabulary):
-  """(hit, valid) of a tile: where the target's column is, and which columns exist."""
+  """(hit, valid) of a tile: the target's column, and the columns within the vocabulary."""
   column = block * shape[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
   return column == targets_N1, column < vocabulary
 
@@ -323,7 +319,7 @@ token_nll, nll_and_grads = differentiable("pallas_tpu", _statistics, _gradients,
 
 
 def _padded(x, rows):
-  """Tokens to `rows` and D to whole lanes, with zeros; vectors as columns."""
+  """Pads tokens to `rows` and D to whole lanes with zeros; makes vectors columns."""
   padded = {}
   for name, value in x.items():
     if value is not None:
@@ -336,7 +332,7 @@ def _padded(x, rows):
 
 
 def _specs(x, token, table):
-  """A block spec for each input: of the table, of tokens, of columns."""
+  """A block spec for each input: table, tokens or columns."""
   return {
     name: None if value is None else table if name in ("w", "dw") else token(value.shape[1])
     for name, value in x.items()
@@ -352,20 +348,8 @@ def _cost(x, v, units, token_passes=1, table_passes=1):
   return pl.CostEstimate(2 * units * n * d * v, n * v, tokens + tables + results)
 
 
-def _compiler_params(blocks, *semantics):
-  return pltpu.CompilerParams(
-    dimension_semantics=semantics, vmem_limit_bytes=blocks.vmem_limit_bytes
-  )
-
-
-def _device():
-  if DEVICE is not None:
-    return DEVICE
-  return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "TPU"
-
-
-def _interpret():
-  return False if DEVICE is not None or jax.default_backend() == "tpu" else INTERPRET
+def _kind():
+  return device.kind("pallas_tpu") or "TPU"
 
 
 def _read(ref, dtype=None):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def token_nll(hidden, unembedding, targets, vocab_axis=None):
-  """[N, D], [V, D], [N] -> nll [N], by way of the full [N, V] logits."""
+  """[N, D], [V, D], [N] -> nll [N], from the full [N, V] logits."""
   dtype = jnp.promote_types(hidden.dtype, jnp.float32)
   if vocab_axis is not None:
     unembedding = jax.lax.all_gather(unembedding, vocab_axis, tiled=True)
@@ -23,6 +23,8 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
 
   (d_hidden, d_unembedding), nll = jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, unembedding)
   if vocab_axis is not None:
-    shards = jax.lax.axis_size(vocab_axis)  # each shard's loss is the whole one: a share of the sum
+    shards = jax.lax.axis_size(
+      vocab_axis
+    )  # each shard computes the whole loss, and shard_map adds them up
     d_hidden, d_unembedding = d_hidden / shards, d_unembedding / shards
   return nll, d_hidden, d_unembedding

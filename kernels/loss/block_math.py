@@ -1,13 +1,13 @@
-"""The mathematics of one block of tokens and one block of the vocabulary, in plain jnp.
+"""The loss on one block of tokens and one block of the vocabulary, in plain jnp.
 
-The Pallas kernels call these on tiles in fast memory; nothing here knows of Pallas. With logits
-z = h W^T, p = softmax(z), the target y as `hit` (one-hot) and weights c, and ' for a tangent:
+The Pallas kernels call these functions on tiles in fast memory. The logits are z = h W^T, p is
+softmax(z), `hit` the one-hot target y, c the weights, and ' marks a tangent:
 
   nll  = logsumexp(z) - z[y]      nll' = s - z'[y],  s = sum_v p z',  z' = h' W^T + h W'^T
   q    = c (p - hit)              d_h  = q W,           d_W  = q^T h
   q'   = c p (z' - s) + c' (p - hit)      d_h' = q' W + q W',   d_W' = q'^T h + q^T h'
 
-A tangent that is None is zero and costs nothing. Axes: N tokens, D model width, V vocabulary.
+A zero tangent is None and costs nothing. Axes: N tokens, D model width, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.device import dot
+
 
 class Statistics(NamedTuple):
-  """Running sums over the vocabulary; float32 [N, 1] each (or [N], where only merged)."""
+  """Running sums over the vocabulary; float32 [N, 1] each (or [N], for `merge` alone)."""
 
   maximum: jax.Array  # of the logits so far
   total: jax.Array  # sum exp(z - maximum)
@@ -32,9 +34,9 @@ def empty(n: int, tangents: bool) -> Statistics:
 
 
 def fold(stats: Statistics, z_NV, dz_NV, hit_NV, valid_NV) -> Statistics:
-  """Adds a block; columns that are not `valid` (past the vocabulary's end) may hold anything."""
+  """Adds a block. Columns past the vocabulary's end are not `valid` and may hold anything."""
   z_NV = jnp.where(valid_NV, z_NV, -jnp.inf)
-  hit_NV = hit_NV & valid_NV  # a target of another shard of the vocabulary may lie past this one's
+  hit_NV = hit_NV & valid_NV  # another vocabulary shard's target may lie past this shard's end
   maximum = jnp.maximum(stats.maximum, jnp.max(z_NV, 1, keepdims=True))
   decay = jnp.exp(stats.maximum - maximum)
   e_NV = jnp.exp(z_NV - maximum)
@@ -47,7 +49,7 @@ def fold(stats: Statistics, z_NV, dz_NV, hit_NV, valid_NV) -> Statistics:
 
 
 def merge(parts: Statistics) -> Statistics:
-  """Statistics of several blocks, stacked on the first axis, as those of their union."""
+  """The statistics of all blocks together, from one entry per block on the first axis."""
   maximum = jnp.max(parts.maximum, 0)
   share = jnp.exp(parts.maximum - maximum)
   scaled = lambda x: None if x is None else jnp.sum(share * x, 0)
@@ -68,13 +70,13 @@ def finish(stats: Statistics):
 
 
 def logit_cotangent(z_NV, lse_N1, weights_N1, hit_NV, valid_NV):
-  """q, the loss's derivative by the logits; 0 where not `valid`."""
+  """q, the derivative of the loss by the logits; 0 where not `valid`."""
   p_NV = jnp.exp(z_NV - lse_N1)
   return jnp.where(valid_NV, weights_N1 * (p_NV - hit_NV.astype(p_NV.dtype)), 0)
 
 
 def logit_cotangent_tangent(z, lse_N1, weights_N1, hit, valid, dz, mean_N1, d_weights_N1):
-  """(q, q'); all but the columns are [N, V]."""
+  """(q, q') [N, V]."""
   p = jnp.exp(z - lse_N1)
   error = p - hit.astype(p.dtype)
   dq = weights_N1 * p * (dz - mean_N1)
@@ -92,18 +94,6 @@ def logit_tangents(h_ND, w_VD, dh_ND, dw_VD):
   return add(
     None if dh_ND is None else dot(dh_ND, w_VD, (1, 1)),
     None if dw_VD is None else dot(h_ND, dw_VD, (1, 1)),
-  )
-
-
-def dot(a, b, contracted: tuple[int, int]):
-  """Contracts one axis of each, in float32: exact products for bfloat16 and float32 inputs alike.
-
-  Hardware multiplies float32 as bfloat16 or TF32 unless asked for more (three to six passes).
-  """
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  dimensions = ((contracted[:1], contracted[1:]), ((), ()))
-  return jax.lax.dot_general(
-    a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
   )
 
 

@@ -1,26 +1,26 @@
-"""The score-weighted loss as Triton kernels beside the library's matmuls, for NVIDIA GPUs.
+"""The score-weighted loss as Triton kernels and the library's matmuls, for NVIDIA GPUs.
 
-          V: chunks [chunk_V, D] of W in turn, each cast to the matmuls' dtype
+          V: chunks [chunk_V, D] of W one by one, each cast to the matmuls' dtype
         +------------------+------------------+--------- -+
         | t  t  t  t       |                  |           |   t: a program's tile of logits,
   N:    | t  t  t  t       |                  |           |   [block_N, block_V], summed over D in
         | t  t  t  t       |                  |           |   steps of block_D in registers; the
         +------------------+------------------+--------- -+   operands' blocks in shared memory
 
-Kernels, one program a tile, V fastest so that a chunk of W is read from L2:
-  statistics  max, sum exp, z[y] (for tangents s, z'[y]) of each tile, [V tiles, N]: merged outside
+Kernels, one program per tile, V fastest so that a chunk of W is read from L2:
+  statistics  max, sum exp, z[y] (with tangents s, z'[y]) of each tile, [V tiles, N], merged by XLA
   cotangents  q (and q') of the chunk from recomputed logits, [N, chunk_V] in the matmuls' dtype
-after which the library multiplies: d_h += q W, d_W[chunk] = q^T h (tangents: both product rules).
-A [block_N, D] accumulator would not fit in registers (1,280 x 128 float32 are 640 KiB, an SM has
-256 KiB), hence no fused d_h; and the library's matmuls use what the hardware has (wgmma).
+The library's matmuls follow: d_h += q W, d_W[chunk] = q^T h (tangents by the product rule). d_h is
+not fused, because a [block_N, D] accumulator does not fit in registers (1,280 x 128 float32 are
+640 KiB, an SM has 256 KiB); the library's matmuls also use wgmma.
 
-Matmul units (2 N D V FLOPs): statistics 1 [tangents 3], q 1 [3], library 2 [4]: 4 [10] in all;
-the minimum is 3 [7], which needs logits of whole tokens and so passes over d_W instead.
-Bytes over HBM a chunk, element size e (w of W): e N D to read h, 3 e N chunk_V to write q and read
-it twice, 16 N D to add to d_h in float32, (w + 2 e) chunk_V D for W and its cast, w chunk_V D for
-d_W. Chunks of tokens instead would add to d_W in float32, beside a [V, D] accumulator.
+Matmul units (2 N D V FLOPs): statistics 1 [tangents 3], q 1 [3], library 2 [4]: 4 [10] in total.
+The minimum is 3 [7]; it takes logits of whole tokens, so a pass over d_W for each chunk of tokens.
+HBM traffic per chunk in bytes, element sizes e and w (of W): e N D to read h, 3 e N chunk_V to
+write q and read it twice, 16 N D to add to d_h in float32, (w + 2 e) chunk_V D for W and its cast,
+w chunk_V D for d_W. Chunks of tokens would need a float32 [V, D] accumulator for d_W.
 
-Any N, D, V: what is ragged is masked in the kernels, and the last chunk has its own size.
+Any N, D, V: the kernels mask ragged ends, and the last chunk has its own size.
 """
 
 from functools import partial
@@ -30,37 +30,29 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import block_math
-from kernels.second_order import differentiable
-
-try:
-  from jax.experimental.pallas import triton
-except ImportError:  # deprecated since JAX 0.11
-  triton = None
-
-# The device kind to compile for. None: the device here; on a machine without GPU that means the
-# interpreter. Set it to compile for a GPU ahead of time.
-DEVICE: str | None = None
+from kernels import device
+from kernels.device import triton
+from kernels.loss import block_math
+from kernels.loss.second_order import differentiable
 
 CHUNK_ELEMENTS = 2**25  # of q: 64 MiB in bfloat16
 
 
-class Chip(NamedTuple):
-  """What the block sizes depend on. Blocks are wishes, halved until they fit."""
+class Preferred(NamedTuple):
+  """Preferred tiles and pipeline; block_D and stages shrink until they fit in shared memory."""
 
-  shared_bytes: int  # a block may use
   tile: tuple[int, int, int]  # block_N, block_V, block_D
   tangent_tile: tuple[int, int, int]
   warps: int
   stages: int
 
 
-# Derived from shared memory and registers (a tile of 128 x 128 float32 is 64 of them a thread in 8
-# warps), not measured. First match by prefix of the device kind.
-CHIPS = {
-  "NVIDIA H": Chip(227 << 10, (128, 256, 64), (128, 128, 64), 8, 3),
-  "NVIDIA A100": Chip(163 << 10, (128, 256, 32), (128, 128, 32), 8, 3),
-  "": Chip(99 << 10, (128, 128, 32), (128, 64, 32), 8, 3),
+# By device kind. Derived from shared memory and registers (a 128 x 128 float32 tile takes 64 of
+# them per thread with 8 warps), not measured.
+PREFERRED = {
+  "NVIDIA H": Preferred((128, 256, 64), (128, 128, 64), 8, 3),
+  "NVIDIA A100": Preferred((128, 256, 32), (128, 128, 32), 8, 3),
+  "": Preferred((128, 128, 32), (128, 64, 32), 8, 3),
 }
 
 
@@ -73,30 +65,30 @@ class Blocks(NamedTuple):
   stages: int
 
 
-def block_sizes(n: int, d: int, v: int, dtype, device: str, tangents: bool) -> Blocks:
+def block_sizes(n: int, d: int, v: int, dtype, kind: str, tangents: bool) -> Blocks:
   """Tile, chunk and pipeline for hidden [n, d] and unembedding [v, d]."""
-  chip = next(chip for name, chip in CHIPS.items() if device.startswith(name))
-  block_N, block_V, block_D = chip.tangent_tile if tangents else chip.tile
-  stages = chip.stages
-  # Never far over the array's own size; tensor cores want 16 of each.
+  preferred, available = (device.of_kind(t, kind) for t in (PREFERRED, device.SHARED_BYTES))
+  block_N, block_V, block_D = preferred.tangent_tile if tangents else preferred.tile
+  stages = preferred.stages
+  # Not far beyond the array's size; tensor cores take at least 16.
   block_N, block_V, block_D = (
     min(block, max(16, pl.next_power_of_2(size)))
     for block, size in ((block_N, n), (block_V, v), (block_D, d))
   )
-  while shared_bytes(block_N, block_V, block_D, stages, dtype, tangents) > chip.shared_bytes:
+  while shared_bytes(block_N, block_V, block_D, stages, dtype, tangents) > available:
     if stages > 2:
       stages -= 1
     else:
       block_D //= 2
-  # Whole tiles; a chunk size that divides V, where there is one, saves the rest's own buffers.
+  # Whole tiles. A chunk size that divides V, if there is one, saves a smaller last chunk's buffers.
   most = min(max(CHUNK_ELEMENTS // n, 1024) // block_V, pl.cdiv(v, block_V)) * block_V
   chunk_V = min(range(block_V, most + 1, block_V), key=lambda c: (c <= most // 2, v % c > 0, -c))
   chunk_V = min(v, chunk_V)
-  return Blocks(block_N, block_V, block_D, chunk_V, chip.warps, stages)
+  return Blocks(block_N, block_V, block_D, chunk_V, preferred.warps, stages)
 
 
 def shared_bytes(block_N, block_V, block_D, stages, dtype, tangents) -> int:
-  """Shared memory: a block of h and of W (and their tangents) for each stage of the pipeline."""
+  """Shared memory: a block each of h and W (and their tangents) per stage of the pipeline."""
   operands = (block_N + block_V) * block_D * jnp.dtype(dtype).itemsize
   return stages * operands * (2 if tangents else 1)
 
@@ -126,7 +118,7 @@ def _tangents(h, w, y, c, lse, mean, dh, dw, dc):
 
 
 def _accumulate(x, w, dw):
-  """(d_h, d_W), or with `mean` in x their tangents."""
+  """(d_h, d_W), or their tangents if x has `mean`."""
   h, dh = x["h"], x.get("dh")
   tangents = "mean" in x
   blocks = _blocks(h, w, tangents)
@@ -138,12 +130,12 @@ def _accumulate(x, w, dw):
     q = (0, 0) if tangents else (0,)
     q, *dq = _call(_cotangent_kernel, inputs, blocks, size, q)
     slope = dq[0] if tangents else q
-    d_hidden += block_math.dot(slope, w_chunk, (1, 0))
-    rows = block_math.dot(slope, h, (0, 0))
+    d_hidden += device.dot(slope, w_chunk, (1, 0))
+    rows = device.dot(slope, h, (0, 0))
     if dw is not None:
-      d_hidden += block_math.dot(q, dw_chunk, (1, 0))
+      d_hidden += device.dot(q, dw_chunk, (1, 0))
     if dh is not None:
-      rows += block_math.dot(q, dh, (0, 0))
+      rows += device.dot(q, dh, (0, 0))
     rows = rows.astype(d_table.dtype)
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_table, rows, start, 0)
 
@@ -153,7 +145,7 @@ def _accumulate(x, w, dw):
 
 
 def _chunks(body, v, chunk_V, carry):
-  """body(start, size, carry) over the whole chunks and then the rest, whose size differs."""
+  """body(start, size, carry) over the whole chunks and then the smaller last one."""
   whole = v // chunk_V
   carry = jax.lax.fori_loop(0, whole, lambda k, carry: body(k * chunk_V, chunk_V, carry), carry)
   rest = v - whole * chunk_V
@@ -161,11 +153,7 @@ def _chunks(body, v, chunk_V, carry):
 
 
 def _call(kernel, x, blocks, size, outputs):
-  """`kernel` on every tile of [N, size]; outputs in the form of `outputs`."""
-  if triton is None:
-    raise ValueError(
-      "pallas_gpu needs the Triton backend of Pallas, which this JAX lacks: use 'xla'"
-    )
+  """`kernel` on every tile of [N, size]; the outputs have the tree structure of `outputs`."""
   n, d = x["h"].shape
   tiles = pl.cdiv(size, blocks.block_V), pl.cdiv(n, blocks.block_N)
   padded_D = pl.cdiv(d, blocks.block_D) * blocks.block_D
@@ -187,8 +175,8 @@ def _call(kernel, x, blocks, size, outputs):
     in_specs=[{name: specs.get(name, column) for name in x}],
     out_specs=[jax.tree.map(lambda _: out_spec, outputs)],
     out_shape=[jax.tree.map(lambda _: out_shape, outputs)],
-    interpret=_device() is None,
-    compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+    interpret=device.kind("pallas_gpu") is None,
+    compiler_params=device.triton_params(blocks.warps, blocks.stages),
     cost_estimate=pl.CostEstimate(
       2 * n * d * size * (1 + ("dh" in x) + ("dw" in x)),
       n * size,
@@ -218,7 +206,7 @@ def _cotangent_kernel(x, out, *, shape, block_D):
 
 
 def _tile(x, shape, block_D):
-  """(z, z' or None, hit, valid [block_N, block_V], whether each token exists)."""
+  """(z, z' or None, hit, valid [block_N, block_V], which tokens exist [block_N])."""
   n, v, d = shape
   block_N, block_V = x["h"].shape[0], x["w"].shape[0]
   row = pl.program_id(1) * block_N + jnp.arange(block_N)
@@ -258,15 +246,8 @@ token_nll, nll_and_grads = differentiable("pallas_gpu", _statistics, _gradients,
 
 
 def _blocks(h, w, tangents):
-  return block_sizes(*h.shape, w.shape[0], h.dtype, _device() or "", tangents)
+  return block_sizes(*h.shape, w.shape[0], h.dtype, device.kind("pallas_gpu") or "", tangents)
 
 
 def _rows(x, start, size, dtype):
   return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size).astype(dtype)
-
-
-def _device():
-  """The device kind to compile for; None for the interpreter."""
-  if DEVICE is not None:
-    return DEVICE
-  return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None

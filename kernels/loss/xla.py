@@ -3,15 +3,15 @@
   tokens  |-- C --|-- C --|-- C --| pad      scan over chunks: logits [C, V] live for one chunk;
   hidden  [C, D]  ...                        d_unembedding [V, D] is carried in float32
 
-Matmul units (one = 2 N D V FLOPs): value 1, gradient 3 (the minimum), forward-over-reverse 7
-(the minimum; XLA drops the primal d_hidden and d_unembedding where nobody reads them). N is padded
-to a multiple of the chunk with tokens of weight 0: less than a chunk, as chunks are evened out.
+Matmul units (2 N D V FLOPs): value 1, gradient 3, forward-over-reverse 7: the minimum each. In the
+last, XLA drops the primal d_hidden and d_unembedding if nobody reads them. Tokens of weight 0 pad N
+to whole chunks of even size: less than one chunk of padding.
 """
 
 import jax
 import jax.numpy as jnp
 
-from kernels.second_order import shard_targets
+from kernels.loss.second_order import shard_targets
 
 CHUNK_ELEMENTS = 2**25  # logits per chunk, at most: 128 MiB in float32
 
@@ -22,7 +22,7 @@ def token_nll(hidden, unembedding, targets, vocab_axis=None):
   targets = shard_targets(targets, unembedding, vocab_axis)
 
   def chunk(hidden_CD, targets_C):
-    logits_CV = _centred_logits(hidden_CD, unembedding, vocab_axis)
+    logits_CV = _centered_logits(hidden_CD, unembedding, vocab_axis)
     return _lse_and_nll(logits_CV, _one_hot(targets_C, logits_CV), vocab_axis)[1]
 
   (hidden, targets), n = _split((hidden, targets), unembedding.shape[0])
@@ -41,7 +41,7 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
   targets = shard_targets(targets, unembedding, vocab_axis)
 
   def chunk(hidden_CD, targets_C, weights_C):
-    logits_CV = _centred_logits(hidden_CD, table, vocab_axis)
+    logits_CV = _centered_logits(hidden_CD, table, vocab_axis)
     is_target_CV = _one_hot(targets_C, logits_CV)
     lse_C, nll_C = _lse_and_nll(logits_CV, is_target_CV, vocab_axis)
     d_logits_CV = weights_C[:, None] * (jnp.exp(logits_CV - lse_C[:, None]) - is_target_CV)
@@ -54,7 +54,7 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
     nll, d_hidden, d_table = chunk(hidden[0], targets[0], weights[0])
     return nll, d_hidden, d_table.astype(unembedding.dtype)
 
-  @jax.checkpoint  # a reverse pass over this scan then saves no [C, V] array per chunk
+  @jax.checkpoint  # so that a reverse pass over this scan saves no [C, V] array per chunk
   def step(d_table, x):
     nll_C, d_hidden_CD, d_table_of_chunk = chunk(*x)
     return d_table + d_table_of_chunk, (nll_C, d_hidden_CD)
@@ -65,10 +65,10 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
   return nll.reshape(-1)[:n], d_hidden, d_table.astype(unembedding.dtype)
 
 
-def _centred_logits(hidden_CD, table, vocab_axis):
-  """Less each token's largest: exp stays in range, and lse keeps its digits beside large logits."""
+def _centered_logits(hidden_CD, table, vocab_axis):
+  """Minus each token's maximum: exp stays in range, and lse keeps its digits at large logits."""
   logits_CV = _matmul(hidden_CD, table.T)
-  # No derivative: the loss does not depend on what is taken from all logits of a token.
+  # No derivative: the loss does not depend on a shift of all logits of a token.
   maximum_C = jax.lax.stop_gradient(logits_CV).max(-1)
   if vocab_axis is not None:
     maximum_C = jax.lax.pmax(maximum_C, vocab_axis)
@@ -89,7 +89,7 @@ def _split(arrays, vocabulary):
   n = arrays[0].shape[0]
   chunks = -(-n * vocabulary // CHUNK_ELEMENTS)
   rows = -(-n // chunks)
-  chunks = -(-n // rows)  # fewer, where whole rows left chunks of nothing but pad
+  chunks = -(-n // rows)  # fewer, if rounding up left chunks of padding only
   padded = (
     jnp.pad(x, [(0, chunks * rows - n)] + [(0, 0)] * (x.ndim - 1)) if chunks * rows > n else x
     for x in arrays

@@ -1,0 +1,82 @@
+"""The device that kernels are compiled for: the one in this machine, or another for `compile_for`.
+
+Kernels read it when they are traced. Without such a device they run in Pallas's interpreter.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # deprecated since JAX 0.11
+  triton = None
+
+
+class Tpu(NamedTuple):
+  vmem_bytes: int  # per core
+  cores: int  # per device
+
+
+# Found by the longest name that the device kind starts with.
+TPUS = {
+  "TPU v5 lite": Tpu(128 << 20, 1),
+  "TPU v6 lite": Tpu(128 << 20, 1),
+  "TPU v5": Tpu(64 << 20, 2),
+  "TPU v4": Tpu(16 << 20, 2),
+  "TPU": Tpu(64 << 20, 1),
+}
+SHARED_BYTES = {"NVIDIA H": 227 << 10, "NVIDIA A100": 163 << 10, "": 99 << 10}  # per GPU block
+
+_target = jax.make_user_context(None)  # part of the key of jit's caches
+
+
+def compile_for(kind: str) -> AbstractContextManager:
+  """Kernels traced inside are compiled for a device kind ("TPU v5 lite", "NVIDIA H100")."""
+  return _target(kind)
+
+
+def kind(backend: str) -> str | None:
+  """The device kind that "pallas_tpu" or "pallas_gpu" compiles for; None: the interpreter runs."""
+  platform = backend.removeprefix("pallas_")
+  target = _target.value
+  if target is not None:
+    return target if target.startswith("TPU") == (platform == "tpu") else None
+  return jax.devices()[0].device_kind if jax.default_backend() == platform else None
+
+
+def of_kind(table: dict[str, Any], kind: str) -> Any:
+  """The entry of a table whose keys are prefixes of device kinds; the longest match."""
+  return table[max((name for name in table if kind.startswith(name)), key=len)]
+
+
+def tpu_params(vmem_limit_bytes: int, *semantics: str) -> pltpu.CompilerParams:
+  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_limit_bytes)
+
+
+def triton_params(warps: int, stages: int) -> Any:
+  """Compiler parameters of a Triton kernel.
+
+  Raises:
+    ValueError: this JAX has no Triton backend.
+  """
+  if triton is None:
+    raise ValueError(
+      "pallas_gpu needs the Triton backend of Pallas, which this JAX lacks: use the 'xla' backend"
+    )
+  return triton.CompilerParams(num_warps=warps, num_stages=stages)
+
+
+def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+  """Contracts one axis of each, with float32 results and exact products of bfloat16 and float32.
+
+  Hardware multiplies float32 as bfloat16 or TF32 unless asked for more (three to six passes).
+  """
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  dimensions = ((contracted[:1], contracted[1:]), ((), ()))
+  return jax.lax.dot_general(
+    a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+  )

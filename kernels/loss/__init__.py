@@ -1,0 +1,136 @@
+"""The score-weighted language-model loss, fused with the unembedding, to second order.
+
+  loss = sum_n weights[n] * nll[n],    nll = logsumexp(hidden @ unembedding.T) - logit of the target
+
+`score_weighted_loss` is the one public function. Its backends agree:
+  reference   dense float32, a few lines: the definition, for tests
+  xla         the default: a scan over chunks of tokens, no [N, V] array at any order
+  pallas_tpu  Mosaic kernels; interpreted on a machine without a TPU
+  pallas_gpu  Triton kernels and the library's matmuls; interpreted without an NVIDIA GPU
+
+A gradient computes d_hidden and d_unembedding in its forward pass, where the weights are known.
+That pass is differentiable in forward mode, so `jax.jvp(jax.grad(loss))`, MixFlow-MG's
+Hessian-vector product, works in blocks too. `xla` and `reference` also support jax.grad twice.
+
+Axes: N tokens, D model width, V vocabulary.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from kernels.loss import pallas_gpu, pallas_tpu, reference, xla
+
+BACKENDS = {
+  "reference": reference,
+  "xla": xla,
+  "pallas_tpu": pallas_tpu,
+  "pallas_gpu": pallas_gpu,
+}
+
+
+def score_weighted_loss(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  backend: str | None = None,
+  vocab_axis: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (sum_n weights[n] * nll[n], nll): float32 [] and [N].
+
+  Differentiable with respect to hidden, unembedding and weights, through either output. A gradient
+  through `nll` costs a second pass; a gradient of the loss alone does not.
+
+  Inside shard_map, pass check_vma=False to it and differentiate the sharded function from outside:
+  the gradients of replicated arrays are summed over the shards there.
+
+  Args:
+    hidden: [N, D] float32 or bfloat16; the model's last hidden states.
+    unembedding: [V, D]; cast to hidden's dtype, matmuls accumulate in float32.
+    targets: [N] integers in [0, V).
+    weights: [N]; 0 for a masked token (its nll is still computed).
+    backend: a name in BACKENDS; None is "xla".
+    vocab_axis: inside shard_map, the mesh axis that the vocabulary is sharded over: `unembedding`
+      is then this shard's rows, in the order of the axis, and `targets` still count from 0 to V.
+
+  Raises:
+    ValueError: for shapes or dtypes that do not fit, or an unknown backend.
+  """
+  name = backend or "xla"  # until a benchmark on hardware shows it slower
+  if name not in BACKENDS:
+    raise ValueError(f"unknown loss backend {name!r}; choose one of {', '.join(BACKENDS)}")
+  _check(hidden, unembedding, targets, weights)
+  weights = weights.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+  if name.startswith("pallas") and hidden.dtype not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(
+      f"hidden is {hidden.dtype}: {name} takes float32 and bfloat16, backend='xla' any float"
+    )
+  targets = targets.astype(jnp.int32)  # counts columns: a narrower type would wrap
+  return _loss(name, vocab_axis, hidden, unembedding, targets, weights)
+
+
+def _check(hidden, unembedding, targets, weights):
+  shapes = (
+    f"hidden {hidden.dtype}{list(hidden.shape)}, unembedding {unembedding.dtype}"
+    f"{list(unembedding.shape)}, targets {targets.dtype}{list(targets.shape)}, "
+    f"weights {weights.dtype}{list(weights.shape)}"
+  )
+  if hidden.ndim != 2 or unembedding.ndim != 2 or hidden.shape[1] != unembedding.shape[1]:
+    raise ValueError(f"hidden must be [N, D] and unembedding [V, D]: {shapes}")
+  if not (hidden.size and unembedding.size):
+    raise ValueError(f"N, D and V must be at least 1: {shapes}")
+  if targets.shape != hidden.shape[:1] or weights.shape != hidden.shape[:1]:
+    raise ValueError(f"targets and weights must be [N], N = hidden.shape[0]: {shapes}")
+  if not jnp.issubdtype(targets.dtype, jnp.integer):
+    raise ValueError(f"targets must be integers: {shapes}")
+  if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (hidden, unembedding, weights)):
+    raise ValueError(f"hidden, unembedding and weights must be floating: {shapes}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(backend, vocab_axis, hidden, unembedding, targets, weights):
+  nll = BACKENDS[backend].token_nll(hidden, unembedding, targets, vocab_axis)
+  return jnp.sum(weights * nll), nll
+
+
+def _loss_fwd(backend, vocab_axis, hidden, unembedding, targets, weights):
+  perturbed = hidden.perturbed or unembedding.perturbed
+  hidden, unembedding, targets, weights = (x.value for x in (hidden, unembedding, targets, weights))
+  if not perturbed:  # only d loss / d weights = nll is needed: no gradient matmuls
+    nll = BACKENDS[backend].token_nll(hidden, unembedding, targets, vocab_axis)
+    return (jnp.sum(weights * nll), nll), (None, None, nll, None)
+  nll, d_hidden, d_unembedding = BACKENDS[backend].nll_and_grads(
+    hidden, unembedding, targets, weights, vocab_axis
+  )
+  inputs = (hidden, unembedding, targets)
+  return (jnp.sum(weights * nll), nll), (d_hidden, d_unembedding, nll, inputs)
+
+
+def _loss_bwd(backend, vocab_axis, residuals, cotangents):
+  d_hidden, d_unembedding, nll, inputs = residuals
+  ct_loss, ct_nll = cotangents
+  if isinstance(ct_loss, SymbolicZero):
+    ct_loss = jnp.zeros((), nll.dtype)
+  weights_share = ct_loss
+  if vocab_axis is not None:  # every shard's loss depends on this shard's hidden and unembedding
+    ct_loss = jax.lax.psum(ct_loss, vocab_axis)
+    ct_nll = ct_nll if isinstance(ct_nll, SymbolicZero) else jax.lax.psum(ct_nll, vocab_axis)
+  ct_weights = weights_share * nll
+  if inputs is None:
+    return None, None, None, ct_weights
+  # In float32: rounding the cotangent to bfloat16 would scale the whole gradient by the error.
+  ct_hidden = (ct_loss * d_hidden).astype(d_hidden.dtype)
+  ct_unembedding = (ct_loss * d_unembedding).astype(d_unembedding.dtype)
+  if not isinstance(
+    ct_nll, SymbolicZero
+  ):  # nll was read too: its cotangent takes the place of the weights
+    _, more_hidden, more_unembedding = BACKENDS[backend].nll_and_grads(*inputs, ct_nll, vocab_axis)
+    ct_hidden, ct_unembedding = ct_hidden + more_hidden, ct_unembedding + more_unembedding
+  return ct_hidden, ct_unembedding, None, ct_weights
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)
