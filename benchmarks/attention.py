@@ -56,12 +56,12 @@ def main():
           continue
         function, shapes = orders(backend)[order], inputs(B, S, H, K, dtype, order)
         if run:
-          matmuls = flops.count(function, *shapes).products
+          matmuls = flops.count(function, *shapes).matmuls
           compiled = jax.jit(function).lower(*shapes).compile()
           text = compiled.as_text()
         else:
           with targets.lowering_for(args.target):
-            matmuls = flops.count(function, *shapes).products
+            matmuls = flops.count(function, *shapes).matmuls
           compiled, text = targets.compile_for(args.target, function, *shapes)
         temp = compiled.memory_analysis().temp_size_in_bytes
         row += f"{matmuls / 1e12:8.3f}{temp / 1e6:10.1f}{hlo.traffic(text).bytes / 1e9:10.2f}"

@@ -8,25 +8,23 @@ Orders: value; gradient by hidden, unembedding and weights; product = jax.jvp of
 all three (forward over reverse) without the gradient itself. `units` are matmul FLOPs in 2 N D V,
 from the jaxpr and its trip counts; the minimum is 1, 3 and 7. `rate` is the minimum FLOPs over the
 time, relative to a large matmul of the same dtype on this device. `temp` is the temporary memory of
-the compiled module. Pallas backends are not timed on a CPU, where they are interpreted. Tokamax,
-Liger and Cut Cross Entropy are added if installed (gradient by hidden and unembedding, unweighted).
+the compiled module. Pallas backends are not timed on a CPU, where they are interpreted.
+benchmarks/device/peers.py compares other libraries.
 
 Axes: N tokens, D model width, V vocabulary.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
 from kernels import score_weighted_loss
-from planner import targets
+from planner import flops, targets
 
 MINIMUM = {"value": 1, "gradient": 3, "product": 7}
 SIZES = {
@@ -63,14 +61,14 @@ def main():
         f"{'ms':>10}{'median':>10}{'rate':>7}")  # fmt: skip
   for size in sizes:
     N, D, V = map(int, size.split("x"))
-    flops = 2 * N * D * V
+    unit = 2 * N * D * V  # FLOPs of a matmul
     dense = {}
     for backend in backends:
       for order in MINIMUM:
         row = f"{size:20}{order:10}{backend:14}"
         shapes = inputs(N, D, V, dtype, order)
         function = orders(backend)[order]
-        units = matmul_flops(args.target, function, *shapes) / flops
+        units = matmul_flops(args.target, function, *shapes) / unit
         try:
           interpreted = kind == "cpu" and backend.startswith("pallas")
           if interpreted:
@@ -86,16 +84,13 @@ def main():
           row += f"{units:6.2f}{temp / 1e6:11.1f}{temp / dense[order]:9.4f}"
           if run:
             low, median = seconds(compiled, shapes, V, args.repeats)
-            rate = MINIMUM[order] * flops / low / peak
+            rate = MINIMUM[order] * unit / low / peak
             row += f"{low * 1e3:10.2f}{median * 1e3:10.2f}{rate:7.0%}"
         except Exception as error:  # does not fit: continue with the table
           if "RESOURCE_EXHAUSTED" not in str(error):
             raise
           row += "  does not fit in memory"
         print(row, flush=True)
-    for library, low in others(N, D, V, args.repeats) if run else ():
-      print(f"{size:20}{'gradient':10}{library:14}{'':26}{low * 1e3:10.2f}{'':10}"
-            f"{3 * flops / low / peak:7.0%}", flush=True)  # fmt: skip
 
 
 def orders(backend):
@@ -121,36 +116,9 @@ def inputs(N, D, V, dtype, order):
 
 
 def matmul_flops(target, function, *shapes) -> float:
-  """FLOPs of the matmuls that the results depend on, including loops and kernels."""
+  """FLOPs of the matmuls that the results depend on, including loops and kernels' bodies."""
   with targets.lowering_for(target) if target else contextlib.nullcontext():
-    jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
-  return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
-
-
-def _flops(jaxpr):
-  total = 0
-  for equation in jaxpr.eqns:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-      contracted = [equation.invars[0].aval.shape[i] for i in params["dimension_numbers"][0][0]]
-      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(contracted)
-      continue
-    inner = [
-      _flops(getattr(x, "jaxpr", x))
-      for x in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-      if hasattr(x, "eqns")
-    ]
-    if name == "scan":
-      total += params["length"] * sum(inner)
-    elif name == "pallas_call":
-      total += math.prod(params["grid_mapping"].grid) * sum(inner)
-    elif name == "cond":
-      total += max(inner)
-    elif name == "while" and any(inner):
-      raise ValueError("a matmul in a loop whose trip count is not in the jaxpr")
-    else:
-      total += sum(inner)
-  return total
+    return flops.count(function, *shapes, estimates=False).matmuls
 
 
 def seconds(compiled, shapes, V, repeats):
@@ -180,44 +148,6 @@ def _timed(run, repeats):
     run()
     times.append(time.perf_counter() - start)
   return min(times), statistics.median(times)
-
-
-def others(N, D, V, repeats):
-  """(name, seconds) of other libraries' gradients by hidden and unembedding, in bfloat16."""
-  if importlib.util.find_spec("tokamax") and jax.default_backend() != "cpu":
-    import tokamax
-
-    h, w = jnp.ones((N, D), jnp.bfloat16), jnp.ones((D, V), jnp.bfloat16)
-    y = jnp.zeros(N, jnp.int32)
-    grad = jax.jit(
-      jax.grad(lambda h, w: tokamax.linear_softmax_cross_entropy_loss(h, y, w), (0, 1))
-    )
-    yield "tokamax", _timed(lambda: jax.block_until_ready(grad(h, w)), repeats)[0]
-  if not importlib.util.find_spec("torch"):
-    return
-  import torch
-
-  if not torch.cuda.is_available():
-    return
-  libraries = {}
-  if importlib.util.find_spec("liger_kernel"):
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    libraries["liger"] = lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y)
-  if importlib.util.find_spec("cut_cross_entropy"):
-    from cut_cross_entropy import linear_cross_entropy
-
-    libraries["cce"] = linear_cross_entropy
-  bf16 = dict(dtype=torch.bfloat16, device="cuda", requires_grad=True)
-  for name, loss in libraries.items():
-    h, w = torch.randn(N, D, **bf16), torch.randn(V, D, **bf16)
-    y = torch.randint(V, (N,), device="cuda")
-
-    def step(h=h, w=w, y=y, loss=loss):
-      torch.autograd.grad(loss(h, w, y), (h, w))
-      torch.cuda.synchronize()
-
-    yield name, _timed(step, repeats)[0]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformer import TransformerConfig
 
 
 class Flops(NamedTuple):
-  products: float = 0.0  # matmuls and convolutions, 2 per multiply-add, recomputed ones included
+  matmuls: float = 0.0  # matmuls and convolutions, 2 per multiply-add, recomputed ones included
   recomputed: float = 0.0  # the part of them that remat repeats in a backward pass
   elementwise: float = 0.0  # 1 per result, or per input of a reduction
   unknown_loops: int = 0  # loops whose trip count the jaxpr does not tell, counted once
@@ -28,7 +28,7 @@ class Flops(NamedTuple):
     return Flops(*map(sum, zip(self, other, strict=True)))
 
   def times(self, n: float):
-    return Flops(self.products * n, self.recomputed * n, self.elementwise * n, self.unknown_loops)
+    return Flops(self.matmuls * n, self.recomputed * n, self.elementwise * n, self.unknown_loops)
 
 
 def count(function: Callable, *args: Any, estimates: bool = True) -> Flops:
@@ -137,7 +137,7 @@ def _count(equations):
     if name == "while":
       total += Flops(unknown_loops=1)
     elif flops is not None:
-      total += Flops(products=flops * times, recomputed=flops * times * again)
+      total += Flops(matmuls=flops * times, recomputed=flops * times * again)
     elif name not in _MOVES:
       operands = equation.invars if name.startswith(_REDUCTIONS) else equation.outvars
       total += Flops(elementwise=times * sum(math.prod(v.aval.shape) for v in operands))

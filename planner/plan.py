@@ -135,7 +135,7 @@ def report(
   chip, n, c = targets.chip(target), compiled.devices, compiled
   least, members = minimum(config, vocabulary), config.drawn_members
   mixed, once = members * least.total, members * (least.total - least.kept)
-  matmuls = c.work.products - c.work.recomputed
+  matmuls = c.work.matmuls - c.work.recomputed
   giga = lambda x: f"{x / 1e9:.2f} GB"
   loops = lambda count: f" ({count} loops of unknown length)" if count else ""
   lines = [
@@ -153,12 +153,12 @@ def report(
     f"  recomputed by remat    {c.work.recomputed:.4g} FLOPs",
     f"  element-wise           {c.work.elementwise:.4g}{loops(c.work.unknown_loops)}",
     f"  minimum of mode mixed  {mixed:.4g} FLOPs: the program's matmuls are "
-    f"{matmuls / mixed:.3f} of it, with remat {c.work.products / mixed:.3f}",
+    f"{matmuls / mixed:.3f} of it, with remat {c.work.matmuls / mixed:.3f}",
     *(f"    {name:20s} {members * x:.4g}" for name, x in least._asdict().items()),
     f"  nothing computed twice {once:.4g} FLOPs (less `kept`)",
     "",
     "one meta-step, per device",
-    f"  least time by FLOPs    {c.work.products / n / chip.flops:.3g} s at the chip's peak "
+    f"  least time by FLOPs    {c.work.matmuls / n / chip.flops:.3g} s at the chip's peak "
     f"({once / n / chip.flops:.3g} s if nothing is computed twice)",
   ]
   if c.traffic:
@@ -180,7 +180,7 @@ def report(
     f"the run, {K:,} meta-steps",
     f"  tokens                 {K * members * T * config.inner_batch * S:.4g} inner, "
     f"{K * members * config.outer_batch * S:.4g} outer",
-    f"  FLOPs                  {K * once:.4g} necessary, {K * c.work.products:.4g} in all",
+    f"  FLOPs                  {K * once:.4g} necessary, {K * c.work.matmuls:.4g} in all",
     f"  chip-hours             {hours:,.3g} at {utilization:.0%} utilization "
     f"({hours / n:,.1f} h on {n})",
   ]

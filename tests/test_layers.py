@@ -52,7 +52,7 @@ def part_of(module: str) -> str | None:
 
 
 def imports(source: str, modules: set[str]) -> set[str]:
-  """All that a source imports, at any depth of its code. `from a import b` imports a.b where that is
+  """All that a source imports, at any depth of its code. `from a import b` imports a.b if that is
   one of the modules, else a."""
   targets = set()
   for node in ast.walk(ast.parse(source)):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import datarater
 import meta_step
 import transformer
-from planner import flops, targets
+from kernels import device
+from planner import flops
 
 
 def main(model: str = "150m", rater: str = "50m", remat: str = "block") -> None:
@@ -34,7 +35,7 @@ def main(model: str = "150m", rater: str = "50m", remat: str = "block") -> None:
   batch = lambda *axes: transformer.Batch(integers(*axes, S), integers(*axes, S))
   init = lambda key, probe: meta_step.init(algorithm, key, net.init(key), probe)
   step = lambda *arguments: meta_step.meta_step(algorithm, *arguments)
-  with targets.lowering_for("h100"):
+  with device.compile_for("NVIDIA H100"):
     state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch(B))
     jaxpr = jax.make_jaxpr(step)(state, batch(1, T, B), batch(1, B)).jaxpr
   total, calls = collections.Counter(), collections.Counter()

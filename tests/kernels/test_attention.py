@@ -224,6 +224,6 @@ def test_operations_are_counted_by_pairs(causal):
   # Tiles of 32 x 16 (16 x 32 of a block of keys); those that a causal query can see.
   pairs = (2 + 4 + 6) * 32 * 16 if causal else 96 * 96
   unit = 2 * 32 * B * H * pairs
-  assert flops.count(attend, *[shape] * 3).products == 2 * unit
-  assert flops.count(gradient, *[shape] * 3).products == (2 + 3 + 4) * unit
-  assert flops.count(product, *[shape] * 3).products == (2 + 5 + 7 + 10) * unit
+  assert flops.count(attend, *[shape] * 3).matmuls == 2 * unit
+  assert flops.count(gradient, *[shape] * 3).matmuls == (2 + 3 + 4) * unit
+  assert flops.count(product, *[shape] * 3).matmuls == (2 + 5 + 7 + 10) * unit

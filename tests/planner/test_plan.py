@@ -26,28 +26,28 @@ X = jax.ShapeDtypeStruct((D, D), jnp.float32)
 UNIT = 2 * D**3  # FLOPs of a matmul of two [D, D]
 
 
-def _products(function, *args):
-  return flops.count(function, *args).products / UNIT
+def _matmuls(function, *args):
+  return flops.count(function, *args).matmuls / UNIT
 
 
-def test_products_of_loops_branches_and_calls():
+def test_matmuls_of_loops_branches_and_calls():
   w3 = jax.ShapeDtypeStruct((3, D, D), jnp.float32)
   chain = lambda x, w3: jax.lax.scan(lambda c, w: (c @ w, None), x, w3)[0]
-  assert _products(chain, X, w3) == 3
+  assert _matmuls(chain, X, w3) == 3
   five_chains = lambda x, w3: jax.lax.fori_loop(0, 5, lambda i, c: chain(c, w3), x)
-  assert _products(five_chains, X, w3) == 15
-  assert _products(lambda x: jax.lax.fori_loop(2, 7, lambda i, c: c @ c, x), X) == 5
+  assert _matmuls(five_chains, X, w3) == 15
+  assert _matmuls(lambda x: jax.lax.fori_loop(2, 7, lambda i, c: c @ c, x), X) == 5
   until_7 = (lambda c: c[0] < 7, lambda c: (c[0] + 1, c[1] @ c[1]))
-  assert _products(lambda x: jax.lax.while_loop(*until_7, (0, x))[1], X) == 7
+  assert _matmuls(lambda x: jax.lax.while_loop(*until_7, (0, x))[1], X) == 7
   branches = (lambda x: x @ x @ x, lambda x: x @ x, lambda x: x)
-  assert _products(lambda i, x: jax.lax.switch(i, branches, x), 0, X) == 2
-  assert _products(jax.jit(lambda x: jax.vmap(jnp.matmul, (0, None))(x, x[0])), w3) == 3
+  assert _matmuls(lambda i, x: jax.lax.switch(i, branches, x), 0, X) == 2
+  assert _matmuls(jax.jit(lambda x: jax.vmap(jnp.matmul, (0, None))(x, x[0])), w3) == 3
   wide = jax.ShapeDtypeStruct((2, 5, 7), jnp.float32)
   einsum = flops.count(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), wide, wide)
-  assert einsum.products == 2 * 2 * 5 * 5 * 7
+  assert einsum.matmuls == 2 * 2 * 5 * 5 * 7
   image, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 3, 9, 9), (4, 3, 2, 2)))
   convolution = flops.count(lambda a, b: jax.lax.conv(a, b, (1, 1), "VALID"), image, kernel)
-  assert convolution.products == 2 * (4 * 8 * 8) * (3 * 2 * 2)
+  assert convolution.matmuls == 2 * (4 * 8 * 8) * (3 * 2 * 2)
 
 
 def test_dead_code_is_not_counted():
@@ -55,12 +55,12 @@ def test_dead_code_is_not_counted():
     carry = jax.lax.scan(lambda c, _: ((c[0] @ c[0], c[1] @ c[1]), None), (x, x), None, 3)[0]
     return carry[0]
 
-  assert _products(function, X) == 3
+  assert _matmuls(function, X) == 3
 
 
 def test_a_loop_of_unknown_length_is_reported():
   counted = flops.count(lambda n, x: jax.lax.fori_loop(0, n, lambda i, c: c @ c, x), 3, X)
-  assert counted.products == UNIT and counted.unknown_loops == 1
+  assert counted.matmuls == UNIT and counted.unknown_loops == 1
 
 
 def test_custom_derivatives_are_followed():
@@ -69,9 +69,9 @@ def test_custom_derivatives_are_followed():
     return x @ x
 
   f.defvjp(lambda x: (f(x), x), lambda x, g: (g @ x @ x @ x,))
-  assert _products(f, X) == 1
+  assert _matmuls(f, X) == 1
   # The value itself is dead code.
-  assert _products(jax.grad(lambda x: f(x).sum()), X) == 3
+  assert _matmuls(jax.grad(lambda x: f(x).sum()), X) == 3
 
 
 def test_recomputation_is_counted_apart():
@@ -84,8 +84,8 @@ def test_recomputation_is_counted_apart():
     flops.count(jax.grad(functools.partial(layers, wrap), 1), X, w2)
     for wrap in (block, jax.checkpoint(block))
   )
-  assert (plain.products, plain.recomputed) == (12 * UNIT, 0)
-  assert again.products - again.recomputed == plain.products
+  assert (plain.matmuls, plain.recomputed) == (12 * UNIT, 0)
+  assert again.matmuls - again.recomputed == plain.matmuls
   assert 2 * UNIT <= again.recomputed <= 4 * UNIT  # a block's last matmul is not needed
 
 
@@ -104,14 +104,14 @@ def test_kernels_count_their_estimate_or_their_grid(estimated):
     cost_estimate=estimate,
   )
   counted = flops.count(call, jax.ShapeDtypeStruct((4 * D, D), jnp.float32))
-  assert counted.products == (123 if estimated else 4 * UNIT)
+  assert counted.matmuls == (123 if estimated else 4 * UNIT)
 
 
 def test_shards_add_up():
   mesh = jax.sharding.AbstractMesh((4,), ("data",))
   rows = jax.sharding.PartitionSpec("data")
   spread = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, None), out_specs=rows)
-  assert _products(spread, jax.ShapeDtypeStruct((4 * D, D), jnp.float32), X) == 4
+  assert _matmuls(spread, jax.ShapeDtypeStruct((4 * D, D), jnp.float32), X) == 4
 
 
 def _small(**overrides):
@@ -131,7 +131,7 @@ def test_agrees_with_xla_on_a_program_without_loops():
   args = (params, jax.ShapeDtypeStruct((4,), jnp.float32), _batch(4, 16))
   counted = flops.count(gradient, *args)
   costs = gradient.lower(*args).compile().cost_analysis()
-  assert counted.products + counted.elementwise == pytest.approx(costs["flops"], rel=0.05)
+  assert counted.matmuls + counted.elementwise == pytest.approx(costs["flops"], rel=0.05)
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -154,7 +154,7 @@ def test_a_meta_step_computes_the_minimum(T):
   )
   least = flops.minimum(config, config, T, B, B_outer, S).total
   head = T * 3 * 2 * B * config.d_model  # the rater's
-  assert counted.products - counted.recomputed == pytest.approx(least + head, rel=1e-6)
+  assert counted.matmuls - counted.recomputed == pytest.approx(least + head, rel=1e-6)
 
 
 def test_traffic_agrees_with_xla_and_multiplies_loops():
