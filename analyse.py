@@ -36,9 +36,7 @@ from runtime.files import write_text
 class Place:
   """Input and output folders."""
 
-  rater: str | None = option(
-    None, "workdir of the run that trained the rater (required)", section="Where"
-  )
+  rater: str | None = option(None, "workdir of the trained rater (required)", section="Where")
   output: str | None = option(None, "folder of the report (required)")
   cache_dir: str = option(".cache", "folder of the tokenized corpora")
 

@@ -36,7 +36,9 @@ class Config(DataConfig):
   inner_batch: int = option(16, "N_inner, sequences of an inner batch", at_least=1)
   outer_batch: int = option(32, "N_outer, sequences of an outer batch", at_least=1)
   lifetime: int = option(200, "inner updates between re-initializations of a member", at_least=1)
-  members_per_step: int | None = option(None, "members drawn per meta-step, not all", at_least=1)
+  members_per_step: int | None = option(
+    None, "members drawn per meta-step; default all", at_least=1
+  )
   mode: str = option(
     "mixed_save",
     "how the meta-gradient is computed: mixed saves memory, mixed_offload more (saved arrays wait "
@@ -45,22 +47,20 @@ class Config(DataConfig):
   )
   remat: str | None = option(
     None,
-    "what the backward pass recomputes: nothing, a block from its input, or all but a block's "
-    "matmuls; default block from 50m on, none below",
+    "recomputed in the backward pass: none: nothing; block: a block from its input; products: all "
+    "but a block's matmuls; default block from 50m on, none below",
     choices=transformer.REMAT,
   )
-  microbatches: int = option(1, "parts of a batch: less memory, the same result", at_least=1)
+  microbatches: int = option(1, "parts a batch is computed in; saves memory", at_least=1)
   inner_learning_rate: float = option(3e-3, "of Theta, AdamW", at_least=0)
-  inner_warmup: int = option(0, "inner updates of linear warm-up per re-initialization", at_least=0)
+  inner_warmup: int = option(0, "inner updates of warm-up after each re-initialization", at_least=0)
   inner_weight_decay: float = option(0.0, "of Theta, decoupled", at_least=0)
   meta_learning_rate: float = option(2e-3, "of H, AdamW", at_least=0)
   meta_warmup: int = option(10, "meta-steps of linear warm-up", at_least=0)
   meta_weight_decay: float = option(0.1, "of H, decoupled", at_least=0)
   meta_clip: float = option(0.01, "global norm that a meta-gradient is clipped to", at_least=0)
 
-  steps_per_call: int = option(
-    10, "meta-steps in one compiled call and between log lines", at_least=1, section="The run"
-  )
+  steps_per_call: int = option(10, "meta-steps in one compiled call", at_least=1, section="The run")
   checkpoint_every: int = option(20, "meta-steps between checkpoints", at_least=1)
   report_documents: int = option(1000, "validation documents scored, at most", at_least=1)
 
@@ -135,8 +135,8 @@ class Program(NamedTuple):
     return meta_step.init(self.algorithm, key, self.rater.init(eta_key), probe)
 
   def jit_meta_steps(self, out_shardings: Any = None):
-    """The one compiled program of a run, (state, inner, outer, probe) -> (state, metrics):
-    steps_per_call meta-steps, the state updated in place."""
+    """steps_per_call meta-steps, (state, inner, outer, probe) -> (state, metrics), jitted: the one
+    program of a run. It reuses the memory of the input state."""
     return jax.jit(
       lambda *arguments: meta_step.meta_steps(self.algorithm, *arguments),
       donate_argnums=0,
@@ -179,7 +179,7 @@ def data_config(config: Config) -> DataConfig:
 
 
 def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-  """The batches of one compiled call: shape, and the mesh axes that their axes lie over."""
+  """The batches of one compiled call: shape, and for each axis the mesh axis it is sharded over."""
   K, T, S = config.steps_per_call, config.inner_steps, config.sequence_length
   m = config.drawn_members
   return {
@@ -198,7 +198,7 @@ def make_mesh(
     UserError: the configuration cannot be spread over it.
   """
   m = config.drawn_members
-  if m < config.n_models:  # any member may be drawn, on whichever shard it lies
+  if m < config.n_models:  # any member may be drawn, so every shard must hold all
     spec = spec or "population=1"
   mesh = devices.make_mesh(spec, config.n_models, available)
   check(

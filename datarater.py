@@ -3,7 +3,7 @@
   phi_eta(x)        `rater(config).score`
   sigma_B(phi(x))   `batch_weights`, softmax over the batch
 
-Which sequences a trained rater keeps is selection.py. Axes: B sequences, S tokens, D model width.
+selection.py decides which sequences to keep. Axes: B sequences, S tokens, D model width.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Rater(NamedTuple):
 
 
 def rater(config: TransformerConfig) -> Rater:
-  """A non-causal transformer, the mean of its states over tokens that count, and a linear head.
+  """A non-causal transformer, the mean of its last states over real tokens, and a linear head.
 
   The head starts at zero: meta-training starts from uniform weights, the unweighted baseline."""
 

@@ -35,13 +35,9 @@ from runtime.workers import Workers
 class Place:
   """Flags that do not change the results."""
 
-  workdir: str | None = option(
-    None, "folder of the evaluation (required); an existing one is resumed", section="Where"
-  )
+  workdir: str | None = option(None, "new folder (required), or one to resume", section="Where")
   cache_dir: str = option(".cache", "folder of the tokenized corpora")
-  jobs: int = option(
-    1, "models trained at the same time, each on its own core (CPUs only)", at_least=1
-  )
+  jobs: int = option(1, "models trained at once, each on its own core (CPUs only)", at_least=1)
   mesh: str | None = option(None, "data=N, the devices that share each batch; default all")
   dry_run: bool = option(False, "print the runs and their FLOPs, and stop")
   __post_init__ = cli.check_fields
@@ -66,12 +62,10 @@ def make_mesh(config: Config, spec: str | None, jobs: int) -> jax.sharding.Mesh:
     check(spec is None, f"--mesh={spec} shares a model among devices, --jobs={jobs} does not")
     return devices.make_data_mesh(None, jax.devices()[:1])
   mesh = devices.make_data_mesh(spec)
+  n = mesh.shape["data"]
   for size, recipe in costs(config).recipes.items():
-    check(
-      recipe.batch % mesh.shape["data"] == 0,
-      f"a batch of {recipe.batch} sequences ({size}) is not a multiple of the "
-      f"{mesh.shape['data']} devices: give another --batch or --mesh=data=...",
-    )
+    problem = f"a batch of {recipe.batch} sequences ({size}) is not a multiple of the {n} devices"
+    check(recipe.batch % n == 0, f"{problem}: give another --batch or --mesh=data=...")
   return mesh
 
 

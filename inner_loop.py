@@ -3,7 +3,7 @@
   theta_{t+1}, s_{t+1} = Theta(theta_t, s_t, g_t),  g_t = d loss(theta_t, meta_t, batch_t) / d theta
 
 Nothing here knows of language models or raters: any loss, any optax optimizer, any pytree `meta`.
-`unroll` is the loop. How its gradient is formed in little memory is mixflow.py.
+`unroll` is the loop; mixflow.py computes its gradient in little memory.
 """
 
 from collections.abc import Callable
@@ -48,21 +48,20 @@ def unroll(
     state: theta_0 and the optimizer state.
     metas: pytree with a leading axis T, one slice per step (None: no meta-input).
     batches: pytree with a leading axis T.
-    mode: how the gradient is formed; the result is the same in every mode. F is the cost of a
-      forward pass over a batch.
+    mode: how the gradient is computed; the result is the same in every mode.
       "mixed": MixFlow-MG. Saves every g_t and every eighth state. A step's Hessian-vector product
-        costs 8 F (9 F in attention), of which 2 F (3 F) repeat the forward pass. The element-wise
-        optimizer runs 2 min(T, 8) more times per step, to recompute states.
+        costs about 8 forward passes (9 for attention); 2 (3) of them recompute activations. The
+        element-wise optimizer runs 2 min(T, 8) more times per step, to recompute states.
       "mixed_offload": the same, with the saved arrays in host memory.
-      "mixed_save": MixFlow-MG that also saves each step's matmul results: 6 F, at the memory of T
-        steps' activations. Faster on CPUs. Its steps are unrolled, so compile time grows with T.
-      "first_order": ablation without H u: theta_t counts as a constant of later gradients.
+      "mixed_save": MixFlow-MG that also saves each step's matmul results: 6 forward passes, at the
+        memory of T steps' activations. Faster on CPUs. Unrolled, so compile time grows with T.
+      "first_order": ablation without the Hessian: g_t is treated as independent of theta_t.
       "reverse": plain autodiff of this loop, the yardstick.
     truncated: `state` is the constant start of a truncated window, and gradients reach `metas`
-      only. The first step then needs no Hessian-vector product, a third of the cost at T = 2.
+      only. The first step then needs no Hessian-vector product: a third less cost at T = 2.
 
-  Gradients reach `state` and the floating-point leaves of `metas`. `batches` are constants, and
-  `aux` (leading axis T) carries no gradient: in every mode.
+  Gradients reach `state` and the floating-point leaves of `metas`. In every mode, `batches` and
+  `aux` (leading axis T) get no gradient.
 
   Raises:
     ValueError: an unknown mode.

@@ -74,7 +74,7 @@ class MetaState(NamedTuple):
   eta: Any  # the rater's parameters
   members: Member  # [N]
   step: jax.Array  # int32: k
-  key: jax.Array  # constant; every draw is a function of (key, k, i)
+  key: jax.Array  # never changes; all randomness comes from (key, k, i)
   probe_scores: jax.Array  # [P]: scores of the probe batch at the end of the last call
 
 
@@ -89,8 +89,8 @@ def meta_step(
     drawn = jax.random.permutation(_key(state.key, state.step, N), N)[:m]
 
   def in_turn(eta, members, *batches):
-    # One member after the other, in place: a batch of members would make every matmul a batched
-    # one (slow on CPUs) and hold the activations of all members at once.
+    # One member after the other, in place: vmap would turn every matmul into a batched one (slow
+    # on CPUs) and hold all members' activations at once.
     def body(carry, x):
       members, total, used = carry
       i, inner_batch, outer_batch = x
@@ -122,7 +122,8 @@ def update_member(
 ) -> tuple[Member, Any, dict]:
   """One member's part of a meta-step: (member, its update etabar^i - eta, diagnostics).
 
-  A meta-gradient that is not finite gives no update. `key` is for a re-initialization.
+  A meta-gradient that is not finite gives no update. A re-initialization, from `key`, clears theta
+  and the state of Theta; the member's state of H stays.
   """
   a, T = algorithm, len(jax.tree.leaves(inner_batch)[0])
   g, inner, metrics = meta_gradient(a, eta, member.inner, inner_batch, outer_batch)
@@ -161,8 +162,8 @@ def meta_gradient(
 ) -> tuple[Any, inner_loop.InnerState, dict]:
   """g = d L(outer batch; theta_T(eta)) / d eta for one member.
 
-  The scores do not depend on theta: they are computed once, before the inner loop, so second-order
-  differentiation only has to produce the cotangent of the weights.
+  The scores do not depend on theta: they are computed once, before the inner loop. So the inner
+  loop is differentiated with respect to the weights only, and `pull_back` carries that to eta.
 
   Returns (g, the inner state after T updates, diagnostics).
   """
@@ -193,7 +194,7 @@ def meta_steps(
     probe: a fixed batch of P sequences.
 
   Returns the new state and a dict of arrays [K] or [K, m], plus `score_autocorrelation`, a scalar:
-  the correlation of the probe's scores with those before the call (near 1 at convergence).
+  the correlation of the probe's scores before and after the call (near 1 at convergence).
   """
   previous = state.probe_scores
   step = lambda state, batches: meta_step(algorithm, state, *batches)
@@ -204,7 +205,8 @@ def meta_steps(
 
 
 def init(algorithm: Algorithm, key: Any, eta: Any, probe: Any) -> MetaState:
-  """The state before the first meta-step: eta as given, N freshly initialized inner models."""
+  """The state before the first meta-step: eta as given and N fresh inner models. The first lifetime
+  of member i is shorter by i / N of it, so that re-initializations are staggered."""
   N, lifetime = algorithm.n_models, algorithm.lifetime
 
   def members(eta, ids):
@@ -231,12 +233,12 @@ def init(algorithm: Algorithm, key: Any, eta: Any, probe: Any) -> MetaState:
 def datarater_problem(
   model: LanguageModel, rater: Rater, remat: bool = False, microbatches: int = 1
 ) -> Problem:
-  """The paper's problem: metas are the softmax weights of the rater's scores, l = L = next-token
-  loss.
+  """The paper's problem: metas are the softmax weights of the rater's scores; inner and outer loss
+  are the next-token loss.
 
   Args:
-    remat: recompute the scores of an inner batch in the backward pass (accelerators, where the
-      rater's activations of T batches do not fit).
+    remat: recompute the scores of an inner batch in the backward pass; for raters whose
+      activations of T batches do not fit in memory.
     microbatches: score each batch in this many microbatches, rematerialized in the backward pass.
       The language model's are set in `transformer.language_model`.
   """
@@ -248,7 +250,7 @@ def datarater_problem(
     return merge_batch(jax.lax.map(part, split_batch(batch, microbatches)))
 
   def scores_TB(eta, batches: Batch):
-    if microbatches > 1:  # a loop, so that the microbatches of one batch are live at a time
+    if microbatches > 1:  # a loop: only one batch's microbatches are in memory
       return jax.lax.map(lambda batch: score(eta, batch), batches)
     if remat:
       return jax.lax.map(jax.checkpoint(lambda batch: rater.score(eta, batch)), batches)
@@ -287,7 +289,7 @@ def paper_meta_optimizer(
 ) -> optax.GradientTransformation:
   """H: Adam with decoupled weight decay, linear warm-up and global-norm clip, set as in the paper.
 
-  The learning rate is ours: the paper does not state it.
+  The learning rate is our choice: the paper does not state it.
   """
   schedule = optax.linear_schedule(0.0, learning_rate, warmup)
   return optax.chain(
@@ -305,8 +307,8 @@ def inner_adamw(
 ) -> optax.GradientTransformation:
   """Theta: differentiable AdamW.
 
-  sqrt(v) has an infinite slope at v = 0, where a parameter never saw a gradient: `eps_root` under
-  the root keeps the meta-gradient finite and is too small to change training.
+  sqrt(v) has an infinite slope at v = 0, where a parameter has had no gradient yet. `eps_root`
+  under the root keeps the meta-gradient finite and is too small to change training.
   """
   schedule = optax.linear_schedule(0.0, learning_rate, warmup) if warmup else learning_rate
   return optax.adamw(schedule, b2=b2, eps=0.0, eps_root=eps_root, weight_decay=weight_decay)

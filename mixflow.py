@@ -1,12 +1,14 @@
 """MixFlow-MG: the gradient of an inner loop by mixed-mode differentiation (arXiv 2505.00793).
 
-Reverse mode through g_t = d loss / d theta would store the activations of a backward pass. The
-Hessian is symmetric, so for a cotangent u of g_t one forward-mode derivative along u
+Plain reverse mode would also store the activations of each step's backward pass. The Hessian H is
+symmetric, so for a cotangent u of g_t = d loss / d theta one forward-mode derivative along u, at
+eps = 0,
 
   d/d eps (d loss/d theta, d loss/d meta)(theta + eps u)  =  (H u, u^T d^2 loss/d theta d meta)
 
-gives both cotangents. Reverse mode is left only for the element-wise optimizer Theta. Saved are
-every g_t and every SEGMENT-th state; the states between are recomputed from them by Theta alone.
+gives the cotangents that theta_t and meta_t receive through g_t. Only the element-wise optimizer
+Theta is differentiated in reverse. We save every g_t and every SEGMENT-th state, and recompute the
+states between with Theta.
 
 `inner_loop.unroll` is the loop that this differentiates. Cotangents are flat lists over the
 floating-point leaves of a tree.
@@ -46,7 +48,7 @@ class Inner(NamedTuple):
 
 
 def unroll(inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool) -> tuple[Any, Any]:
-  """T inner steps, in segments whose derivative is mixed-mode; see `inner_loop.unroll`."""
+  """T inner steps in segments, each with a mixed-mode derivative; see `inner_loop.unroll`."""
   x, T = (metas, batches), _length(batches)
   segment = _saving_step if inner.mode.save_matmuls else _segment
   length = 1 if inner.mode.save_matmuls else SEGMENT
@@ -71,7 +73,7 @@ def window_gradient(
   inner: Inner, outer_loss: Callable, state: Any, metas: Any, batches: Any
 ) -> tuple[jax.Array, Any, Any, Any]:
   """`inner_loop.window_gradient` of at most SEGMENT steps. The final state is recomputed after the
-  backward pass rather than kept during it."""
+  backward pass, so it takes no memory during it."""
   (end, aux), saved = _forward(inner, True, state, (metas, batches))
   value, d_params = jax.value_and_grad(outer_loss)(end.params)
   d_opt_state = jax.tree.map(jnp.zeros_like, _floating(end.opt_state))
@@ -93,7 +95,7 @@ class Saved(NamedTuple):
 def _segment(inner, truncated, is_first):
   """(state, (metas, batches)) -> (state, aux) with a mixed-mode derivative.
 
-  is_first: the caller keeps the state before these steps in any case, so it is not offloaded."""
+  is_first: the first segment's start is not offloaded: the caller holds it anyway."""
   forward = partial(_forward, inner, is_first)
   rule = jax.custom_vjp(lambda state, x: forward(state, x)[0])
 
@@ -124,7 +126,7 @@ def _forward(inner, keep_start, state, x):
 
 
 def _backward(inner, saved, cotangent, truncated):
-  """Cotangent of the state after the steps -> those of the state before them and of metas [T].
+  """Takes d/d(state after the steps); returns d/d(state before them) and d/d(metas) [T].
 
   truncated: the state before them is a constant, so the first step needs no H u."""
 
@@ -140,17 +142,17 @@ def _backward(inner, saved, cotangent, truncated):
 
 
 def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
-  """Step t: cotangent of the state after it -> (of the state before it, of its meta)."""
+  """Step t: takes d/d(state after it); returns d/d(state before it), d/d(meta)."""
   meta, batch = x
   theta = slice(len(jax.tree.leaves(saved.start.params)))  # theta's part of a state's cotangent
 
   def recompute(after):
-    """(state before step t, g_t), not formed before `after` is."""
+    """(state before step t, g_t); the barrier delays them until `after` is computed."""
     _, (start, grads, g_t) = jax.lax.optimization_barrier((after, (*saved[:2], g)))
     return _recompute(inner, Saved(start, grads, saved.x), t), _to_device(g_t)
 
-  # Recomputed twice, so that only theta_t is live during the HVP, where memory peaks. The barriers
-  # stop XLA from reusing, hence keeping, the states of the forward pass.
+  # The state is recomputed before and after the HVP, where memory peaks, so only theta_t is live
+  # during it. The barriers stop XLA from merging the two or keeping the forward pass's states.
   state, g_t = recompute(cotangent[theta])
   u, of_meta = _pull_back(partial(inner.update, state), g_t, meta)(cotangent)
   hessian = inner.mode.hessian and not constant_theta
@@ -182,7 +184,7 @@ def _recompute(inner, saved, t):
 
 
 def _hessian_vector_product(inner, params, meta, batch, u, hessian):
-  """(H u, or [] without `hessian`; u^T d^2 loss / d theta d meta): forward over reverse mode."""
+  """(H u, u^T d^2 loss / d theta d meta), forward over reverse. Without `hessian`, H u is []."""
   u = jax.tree.unflatten(jax.tree.structure(params), u)
   gradients = lambda params: _gradients(inner, params, meta, batch, hessian)[0]
   _, (hessian_u, of_meta) = jax.jvp(gradients, (params,), (u,))
@@ -190,8 +192,8 @@ def _hessian_vector_product(inner, params, meta, batch, u, hessian):
 
 
 def _gradients(inner, params, meta, batch, hessian):
-  """((d loss / d theta or None, d loss / d meta), (d loss / d theta, aux)): the first pair is what
-  the backward pass differentiates along u."""
+  """((d loss / d theta or None, d loss / d meta), (d loss / d theta, aux)). The first pair is
+  differentiated along u, the second is the forward result."""
 
   def loss(params, floating):
     return inner.loss_fn(params, _replace_floating(meta, floating), batch)
@@ -216,7 +218,7 @@ def _saving_step(inner, truncated, is_first):
 
 
 def _saving_gradient(inner, hessian):
-  """d loss / d params, which keeps the results of its matmuls for its derivative."""
+  """d loss / d params; saves its matmul results for its own derivative."""
 
   def gradient(params, meta, batch):
     return jax.grad(inner.loss_fn, has_aux=True)(params, meta, batch)
@@ -244,7 +246,7 @@ def _saving_gradient(inner, hessian):
 
 
 def _pull_back(function, *primals):
-  """jax.vjp for trees with integer leaves, on lists of floating-point cotangents."""
+  """jax.vjp that skips integer leaves; cotangents are lists over floating-point leaves."""
 
   def of_floating(*floating):
     restored = [_replace_floating(*pair) for pair in zip(primals, floating, strict=True)]

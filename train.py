@@ -34,12 +34,12 @@ from runtime.files import write_atomically
 from runtime.workdir import Checkpoints, Metrics, StopSignal, open_workdir
 from transformer import Batch, parameter_count
 
-SNAPSHOTS = (0, 10, 30, 70)  # meta-steps of the paper's Fig. 3; the last one is added
+SNAPSHOTS = (0, 10, 30, 70)  # meta-steps of the paper's Fig. 3, at ends of calls; and the last
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Flags that say where a run takes place; they do not change its result."""
+  """Where a run takes place, and the preset of its settings."""
 
   workdir: str | None = option(
     None, "folder of the run; an existing one is resumed", section="Where"
@@ -105,7 +105,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
   inner = draw(config, mesh, "inner", corpus.splits["train"], config.seed, start // per_call)
   outer = draw(config, mesh, "outer", corpus.splits["outer"], config.seed + 1, start // per_call)
   step = None
-  pending = None  # metrics are read one call late, so that the device never waits for this loop
+  pending = None  # metrics of the last call, read while the device computes the next
   stop = StopSignal()
   began = time.monotonic()
   bar = tqdm.tqdm(
@@ -155,8 +155,8 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
 def draw(
   config: Config, mesh: jax.sharding.Mesh, name: str, split: Split, seed: int, start: int = 0
 ) -> Iterator[Batch]:
-  """Endless batches of one compiled call ("inner", "outer" or "probe"), laid out on the mesh. Each
-  host reads the sequences of its own devices."""
+  """Endless "inner", "outer" or "probe" batches, each for one compiled call, laid out on the mesh.
+  Each host reads the sequences of its own devices."""
   shape, axes = settings.batch_shapes(config)[name]
   where = sharding.named(mesh, *axes)
   part = sharding.host_slice(where, shape)[:-1]
@@ -165,8 +165,8 @@ def draw(
 
 
 def write_metrics(file: Metrics, last_step: int, metrics: dict[str, Any], bar: tqdm.tqdm) -> None:
-  """A line for each of the K meta-steps of a call of meta_step.meta_steps. The last line has the
-  score_autocorrelation, unless all scores before the call were equal, as a fresh rater's are."""
+  """A line for each of the K meta-steps of a call of meta_step.meta_steps. The last line also has
+  score_autocorrelation, unless the earlier scores were all equal (an untrained rater)."""
   if not hosts.is_leader():
     return
   metrics = dict(jax.device_get(metrics))

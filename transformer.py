@@ -42,9 +42,9 @@ class TransformerConfig:
   d_ff: int
   dtype: str = "float32"  # of activations and matmul inputs; parameters and reductions are float32
   remat: str = "none"  # what a block recomputes in the backward pass: a name in REMAT
-  scan_layers: bool = False  # one compiled block for all layers; unrolled is faster if shallow
+  scan_layers: bool = False  # one compiled block for all layers; unrolling is faster for few layers
   attention_backend: str = "xla"  # a name in ATTENTION
-  query_block: int = 256  # of "xla": queries whose scores are computed at a time
+  query_block: int = 256  # queries per block in the xla backend
 
 
 REMAT = {  # name -> wrapper of a block
@@ -55,8 +55,8 @@ REMAT = {  # name -> wrapper of a block
   "block": hk.remat,  # keeps its input
 }
 
-# The shapes of Chinchilla's table A9. With 32,000 tied embeddings they have its parameter counts (a
-# test checks), except 1b, which has 944M. `nano` to `small` are for CPUs.
+# The shapes of Chinchilla's table A9. With a vocabulary of 32,000 the parameter counts equal the
+# table's (a test checks), except 1b: 944M. `nano` to `small` are for CPUs.
 PRESETS = {
   name: dict(d_model=d, n_layers=layers, n_heads=heads, head_dim=k, d_ff=4 * d)
   for name, (d, layers, heads, k) in {
@@ -81,29 +81,26 @@ def preset(name: str, vocab_size: int, **overrides) -> TransformerConfig:
   return TransformerConfig(vocab_size=vocab_size, **(defaults | overrides))
 
 
+@dataclasses.dataclass
 class Transformer(hk.Module):
   """(tokens, segments) [B, S] -> (hidden [B, S, D] in config.dtype, unembedding [V, D] float32)."""
 
-  def __init__(self, config: TransformerConfig, causal: bool, name: str = "transformer"):
-    super().__init__(name=name)
-    self.config, self.causal = config, causal
+  config: TransformerConfig
+  causal: bool
 
   def __call__(self, tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     c = self.config
     chex.assert_equal_shape([tokens, segments])
     chex.assert_rank(tokens, 2)
-    embedding_VD = hk.get_parameter(
-      "embedding",
-      [c.vocab_size, c.d_model],
-      init=hk.initializers.RandomNormal(c.d_model**-0.5),
-    )
-    # Unit-scale inputs from embeddings that also give unit-scale logits.
+    init = hk.initializers.RandomNormal(c.d_model**-0.5)
+    embedding_VD = hk.get_parameter("embedding", [c.vocab_size, c.d_model], init=init)
+    # Embeddings are small, for logits of unit scale; the factor gives inputs of unit scale too.
     x_BSD = (sharding.lookup(embedding_VD, tokens) * math.sqrt(c.d_model)).astype(c.dtype)
     rotation = rope_table(restarting_positions(segments), c.head_dim, _wide(x_BSD))
 
     def block(x_BSD):
       x_BSD = sharding.constrain_batch(x_BSD)
-      return Block(c, self.causal, name="block")(x_BSD, segments, rotation)
+      return Block(c, self.causal)(x_BSD, segments, rotation)
 
     block = REMAT[c.remat](block)
     if c.scan_layers:
@@ -114,12 +111,12 @@ class Transformer(hk.Module):
     return rms_norm(sharding.constrain_batch(x_BSD), "final_norm"), embedding_VD
 
 
+@dataclasses.dataclass
 class Block(hk.Module):
   """x + attention(norm(x)), then x + MLP(norm(x)); both read and write [B, S, D]."""
 
-  def __init__(self, config: TransformerConfig, causal: bool, name: str):
-    super().__init__(name=name)
-    self.config, self.causal = config, causal
+  config: TransformerConfig
+  causal: bool
 
   def __call__(self, x_BSD, segments_BS, rotation):
     c = self.config
@@ -152,8 +149,8 @@ def attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, config: TransformerConfig, ca
 def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, query_block: int):
   """softmax(q k^T) v within each document: [B, S, H, K], q scaled already.
 
-  Works on one block of queries at a time, rematerialized, so no [B, H, S, S] array exists at any
-  order of differentiation. A causal block reads only the keys up to its last query.
+  Works on one block of queries at a time, rematerialized, so beyond one block no [B, H, S, S]
+  array exists at any order of differentiation. A causal block reads no key after its last query.
   """
   S = q_BSHK.shape[1]
 
@@ -173,25 +170,17 @@ def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, qu
   blocks = []
   for start in range(0, S, query_block):
     stop = min(start + query_block, S)
-    keys = slice(0, stop if causal else S)
-    blocks.append(
-      attend(
-        q_BSHK[:, start:stop],
-        k_BSHK[:, keys],
-        v_BSHK[:, keys],
-        segments_BS[:, start:stop],
-        segments_BS[:, keys],
-        start,
-      )
-    )
+    q, q_segments = (x[:, start:stop] for x in (q_BSHK, segments_BS))
+    k, v, k_segments = (x[:, : stop if causal else S] for x in (k_BSHK, v_BSHK, segments_BS))
+    blocks.append(attend(q, k, v, q_segments, k_segments, start))
   return jnp.concatenate(blocks, axis=1)
 
 
 def linear(x, output_size: int, name: str, init_scale: float = 1.0):
   """x @ w, w [input, output] ~ N(0, init_scale^2 / input).
 
-  Activations are flattened to [tokens, input] first: the transpose of a 3-D matmul is half as fast
-  on CPUs.
+  Activations are flattened to [tokens, input] first: the backward pass of a 3-D matmul takes twice
+  as long on CPUs.
   """
   init = hk.initializers.RandomNormal(init_scale * x.shape[-1] ** -0.5)
   w = hk.get_parameter(name, [x.shape[-1], output_size], init=init)
@@ -215,7 +204,7 @@ def restarting_positions(segments_BS: jax.Array) -> jax.Array:
 def rope_table(positions_BS: jax.Array, head_dim: int, dtype) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) [B, S, K / 2] of rotary position embeddings, base 10,000.
 
-  Looked up in constants: XLA would recompute sines of positions in each layer and head.
+  A constant table: otherwise XLA recomputes the sines in each layer and head.
   """
   S = positions_BS.shape[-1]
   angles = np.arange(S)[:, None] * 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -247,9 +236,9 @@ def language_model(
 
     loss(params, weights_B, batch) -> (sum_i weights_B[i] * l_i, l_B)
 
-  where l_i is the mean over sequence i of -log P(next token of the same document | earlier tokens),
-  0 for a sequence with nothing to predict. Weights that sum to 1 give the paper's weighted
-  gradient, weights of 1 / B the plain mean. No gradient flows out of l_B.
+  where l_i is the mean of -log P(next token | earlier tokens of its document) over the tokens of
+  sequence i that have a next token in the same document, 0 if there are none. Weights that sum to 1
+  give the paper's weighted gradient, weights of 1 / B the plain mean. l_B has no gradient.
 
   microbatches: parts of a batch that are computed in turn, see `accumulate`.
   """
@@ -280,12 +269,9 @@ def language_model(
 
 
 def accumulate(loss: Callable, microbatches: int) -> Callable:
-  """The loss of `language_model` over microbatches, with the activations of one at a time. Values
-  and derivatives are exactly those of the whole batch: the weights are given, the loss is a sum.
-
-  Gradients are computed and summed in the forward pass, where the weights are known already, and
-  so are their tangents in a Hessian-vector product: no microbatch is computed twice.
-  """
+  """Computes `loss` one microbatch at a time, so only one microbatch's activations are in memory.
+  The result is that of the whole batch, as the loss is a weighted sum. The forward pass also
+  accumulates the gradients, so no microbatch is computed twice."""
   if microbatches == 1:
     return loss
 
@@ -296,7 +282,7 @@ def accumulate(loss: Callable, microbatches: int) -> Callable:
     return totals.sum(), merge_batch(nll)
 
   def forward(params, weights_B, batch):
-    # With the checkpoint, a reverse pass over this scan saves no activations.
+    # The checkpoint keeps an outer reverse pass from saving this scan's activations.
     @partial(jax.checkpoint, prevent_cse=False)
     def add_part(of_params, part):
       (total, nll), (more, of_weights) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
@@ -318,8 +304,8 @@ def accumulate(loss: Callable, microbatches: int) -> Callable:
 
 
 def split_batch(batch: Any, parts: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...]: part j takes sequences j, j + parts, ..., so each draws
-  equally from every device's contiguous shard."""
+  """[B, ...] -> [parts, B / parts, ...]: part j takes sequences j, j + parts, ..., so each
+  microbatch is spread evenly over the devices."""
   return jax.tree.map(
     lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
   )

@@ -8,10 +8,11 @@
 
   cli.run(lambda: main(cli.read(Config)), Config)
 
-A field declares its default, its help, its choices and bounds: nothing repeats them.
+A field declares its default, help, choices and bounds in one place.
 """
 
 import dataclasses
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -55,18 +56,18 @@ def check_fields(config: Any) -> None:
   """Raises UserError where a field is not among its choices or out of its bounds."""
   for field in dataclasses.fields(config):
     value, rules = getattr(config, field.name), field.metadata
-    given = f"--{field.name}={_shown(value)}"
+    flag = f"--{field.name}={_shown(value)}"
     for x in value if isinstance(value, tuple) else (value,):
       if x is None or not rules:
         continue
       choices, at_least, below = rules["choices"], rules["at_least"], rules["below"]
-      check(not choices or x in choices, f"{given} is unknown: choose one of {', '.join(choices)}")
-      check(at_least is None or x >= at_least, f"{given} must be at least {at_least}")
-      check(below is None or x < below, f"{given} must be below {below}")
+      check(not choices or x in choices, f"{flag} is unknown: choose one of {', '.join(choices)}")
+      check(at_least is None or x >= at_least, f"{flag} must be at least {at_least}")
+      check(below is None or x < below, f"{flag} must be below {below}")
 
 
 def read(settings: type[Settings], defaults: Mapping[str, Any] = {}) -> Settings:
-  """The settings that the flags give, over `defaults`, over the defaults of the class."""
+  """Settings from flags, which override `defaults`, which override the defaults of the class."""
   return from_values(settings, {**defaults, **given(settings)})
 
 
@@ -77,7 +78,7 @@ def given(settings: type) -> dict[str, Any]:
 
 
 def from_values(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
-  """Settings of values from flags or JSON, in which tuples are lists.
+  """Builds settings from values of flags or JSON, where tuples are lists.
 
   Raises:
     UserError: an unknown name, or a list of numbers that has something else.
@@ -101,6 +102,7 @@ def from_values(settings: type[Settings], values: Mapping[str, Any]) -> Settings
 def run(main: Callable[[], None], *settings: type) -> None:
   """Runs a command with the flags of these dataclasses. A UserError exits with status 2."""
   if HELP & set(sys.argv[1:]):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may be `head`
     print(help_text(sys.modules["__main__"].__doc__ or "", settings))
     return
   for each in settings:
@@ -138,8 +140,8 @@ def help_text(description: str, settings: Iterable[type]) -> str:
 
 
 def _define_flags(settings: type) -> None:
-  """A flag for each field, of its type. Its own default is None, so that `read` sees what was
-  given."""
+  """A flag for each field, of its type. The flag's default is None, so that `given` can tell which
+  flags the command line has."""
   defines = {
     "tuple": flags.DEFINE_list,
     "bool": flags.DEFINE_boolean,
@@ -160,7 +162,7 @@ def _parse(argv):
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    _exit(error)
+    _exit(f"{error} (--help lists all flags)")
 
 
 def _exit(error):

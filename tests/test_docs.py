@@ -36,7 +36,7 @@ def fields_of(settings):
 
 def test_files_of_the_layout_and_figures_exist():
   layout = README.split("## Layout")[1].split("```")[1]
-  names = [line.split()[0] for line in layout.splitlines() if line]
+  names = re.findall(r"[\w/]+(?:\.py|/)(?=\s)", layout)
   names += re.findall(r"!?\[.*?\]\(((?!http)[^)]*)\)", README)
   assert len(names) > 20
   assert [name for name in names if not (ROOT / name).exists()] == []
@@ -83,10 +83,10 @@ def test_help_shows_every_flag_with_its_default_and_no_other(command):
   text = cli.help_text(module.__doc__, settings)
   flags = text.split("\nFlags ")[1]
   assert re.findall(r"^  --(\w+)", flags, re.M) == fields_of(settings)
-  plain = " ".join(flags.split())
   for each in settings:
     for field in each.__dataclass_fields__.values():
-      entry = re.search(rf"--{field.name} (.*?)(?= --\w+ |$)", plain)[1]
+      entry = re.search(rf"^  --{field.name}\b(.*?)(?=^  --|\Z)", flags, re.M | re.S)[1]
+      entry = " ".join(entry.split())
       assert field.metadata["help"].split()[0] in entry
       for choice in field.metadata["choices"]:
         assert choice in entry
