@@ -114,6 +114,8 @@ PAPER = dict(
   inner_weight_decay=0.1,
   meta_learning_rate=1e-4,
   meta_warmup=100,
+  meta_weight_decay=0.1,
+  meta_clip=0.01,
   checkpoint_every=100,
 )
 PRESETS = {

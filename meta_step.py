@@ -96,10 +96,8 @@ def meta_step(
       i, inner_batch, outer_batch = x
       place = sharding.local_index(i, N)
       member = jax.tree.map(lambda a: a[place], members)
-      fresh = _key(state.key, state.step + 1, i)
-      member, update, metrics = update_member(
-        algorithm, eta, member, inner_batch, outer_batch, fresh
-      )
+      key = _key(state.key, state.step + 1, i)
+      member, update, metrics = update_member(algorithm, eta, member, inner_batch, outer_batch, key)
       members = jax.tree.map(lambda a, b: a.at[place].set(b), members, member)
       total = jax.tree.map(jnp.add, total, update)
       return (members, total, used + ~metrics["skipped"]), metrics

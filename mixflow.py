@@ -53,14 +53,16 @@ def unroll(inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool) 
   segment = _saving_step if inner.mode.save_matmuls else _segment
   length = 1 if inner.mode.save_matmuls else SEGMENT
   first = (T - 1) % length + 1  # the first segment may be shorter
-  state, aux = segment(inner, truncated, True)(state, jax.tree.map(lambda x: x[:first], x))
+  state, aux = segment(inner, truncated, is_first=True)(state, jax.tree.map(lambda x: x[:first], x))
   if first == T:
     return state, aux
   rest = jax.tree.map(lambda x: x[first:].reshape(-1, length, *x.shape[1:]), x)
   # Unrolled, since a loop would copy the saved matmuls into and out of stacked arrays, and XLA
   # cannot move arrays to the host from a loop within a loop.
   unrolled = inner.mode.save_matmuls or inner.mode.offload
-  state, later = jax.lax.scan(segment(inner, False, False), state, rest, unroll=unrolled)
+  state, later = jax.lax.scan(
+    segment(inner, truncated=False, is_first=False), state, rest, unroll=unrolled
+  )
   join = lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])])
   return state, jax.tree.map(join, aux, later)
 

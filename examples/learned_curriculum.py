@@ -10,7 +10,7 @@ all sources alike, and judged on validation documents of the target.
 
   python -m examples.learned_curriculum     # 2 minutes on 2 cores, and one for the corpus at first
 
-Result, seeds 0 to 2, nats a byte on the encyclopedia: 2.445 ± 0.028 after training on the learned
+Result, seeds 0 to 2, nats per byte on the encyclopedia: 2.445 ± 0.028 after training on the learned
 mixture (speeches 29%, debates_en 28%, debates_multilingual 10%), 2.568 ± 0.025 on all alike.
 """
 
@@ -93,7 +93,7 @@ def run(seed, config, corpus):
 
 
 def main(config: Config) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-  """The learned mixture of each seed, and losses {mixture: [seeds]} on the target, nats a token."""
+  """The learned mixture of each seed; losses {mixture: [seeds]} on the target, nats per token."""
   corpus = texts.load(config)
   known = ", ".join(corpus.sources)
   check(config.target in corpus.sources, f"--target={config.target}: choose one of {known}")

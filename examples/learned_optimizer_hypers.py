@@ -6,7 +6,7 @@ d_l. All T = 100 inner updates are differentiated through; the outer loss is on 
   theta_l <- theta_l - a_l (adam(g)_l + d_l theta_l),     min over a, d of L_held_out(theta_T(a, d))
 
 The hyper-parameters are the `meta` of `inner_loop.unroll`: an optax optimizer that takes extra
-arguments is handed each step's. The rival is the best constant rate of a sweep on the same held-out
+arguments gets each step's. The rival is the best constant rate of a sweep on the same held-out
 images. Both then train again and are judged on test images.
 
   python -m examples.learned_optimizer_hypers     # 80 s on 2 cores

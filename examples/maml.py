@@ -1,4 +1,4 @@
-"""A learned initialisation: MAML on sine waves of a few points, the gradient of `state`.
+"""A learned initialization: MAML on sine waves of a few points, the gradient of `state`.
 
 A task is a sine of its own amplitude and phase, known at K = 10 points. theta is the network that
 T = 5 steps of SGD on those points start from, and what is learned:
@@ -9,7 +9,7 @@ Nothing is weighted, so `metas` is None: the gradient that is taken is that of `
 with respect to its state. The rival is the same network trained on the mixture of all tasks, by as
 many updates on as many points, then given the same five steps at the rate that suits it best.
 
-  python -m examples.maml     # 100 s on 2 cores that others used too
+  python -m examples.maml     # 100 s on 2 busy cores
 
 Result, seeds 0 to 4, 500 new tasks each: loss 0.296 ± 0.016 after five steps, 2.560 ± 0.251 for the
 network of the mixture: 8.7 times lower, at least 7.4 (with 5,000 updates 0.168 ± 0.012, 15 times).
@@ -93,7 +93,7 @@ def run(seed, config):
 
 
 def main(config: Config) -> tuple[np.ndarray, np.ndarray]:
-  """Losses on 500 new tasks after T steps [seeds]: learned initialisation, that of the mixture."""
+  """Losses on 500 new tasks after T steps [seeds]: learned initialization, that of the mixture."""
   runs = [run(seed, config) for seed in common.seeds(config)]
   ours, theirs = np.array([losses for losses, *_ in runs]).T
   _, networks, (x, y) = runs[-1]

@@ -5,8 +5,8 @@ it came with; the outer loss is on a few images whose labels are trusted:
 
   w_i = softmax over the batch of phi_eta(x_i, y_i),   phi_eta(x, y) = MLP_eta(x)[y]
 
-Then a classifier is trained anew on what a batch-level top-K of the scores keeps, and judged on
-test images beside three others: trained on everything, on the true labels (the best there is), and
+Then a classifier is trained from scratch on the batch-level top-K of the scores, and judged on
+test images next to three others: trained on everything, on the true labels (the best there is), and
 on the trusted images alone (what the rater had to learn from).
 
   python -m examples.noisy_labels     # 40 s on 2 cores
@@ -24,8 +24,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import meta_step
-from datarater import top_k_mask
 from examples import common, digits
+from selection import top_k_mask
 
 N, T, B = 4, 2, 64  # inner models, inner steps, examples of an inner batch
 TRUSTED = 300  # images with trusted labels; an outer batch draws as many of them

@@ -5,8 +5,8 @@ alone; this one reads the inner model's loss on it as well, at the step in which
 
   w_i = softmax over the batch of phi_eta(x_i, y_i, l(x_i, y_i; theta_t)),   constant in theta_t
 
-So the weights can't be formed before the inner loop: what the inner step gets as its `meta` is eta
-itself, and `inner_loss` forms them. The rival is the same network with the loss hidden from it.
+So the weights can't be computed before the inner loop: an inner step gets as its `meta` eta
+itself, and `inner_loss` computes them. The rival is the same network with the loss hidden from it.
 
   python -m examples.online_rater     # half a minute on 2 cores
 
@@ -73,7 +73,7 @@ meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 def run(seed, config, name):
-  """(scores of held-out examples beside the oldest inner model, which labels are flipped)."""
+  """(scores of held-out examples with the losses of the oldest inner model, flipped labels)."""
   rng, (eta_key, key) = np.random.default_rng(seed), jax.random.split(jax.random.key(seed))
   train, trusted, test = digits.split(rng, 1000, 200)
   (given, _), (held_out, flipped) = (digits.flip(rng, x, config.flipped) for x in (train, test))

@@ -33,7 +33,7 @@ CALL = 10  # meta-steps in one compiled call
 
 
 def mlp_of_steps(pixels):
-  """phi_eta: an MLP that reads the pixels and the steps between neighbours; [..., 64] -> [...]."""
+  """phi_eta: an MLP that reads the pixels and the steps between neighbors; [..., 64] -> [...]."""
   square = pixels.reshape(*pixels.shape[:-1], 8, 8)
   steps = [
     jnp.abs(jnp.diff(square, axis=axis)).reshape(*pixels.shape[:-1], -1) for axis in (-1, -2)
