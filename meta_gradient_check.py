@@ -68,25 +68,23 @@ def check_meta_gradient(
       end, _ = inner_loop.unroll(loss_fn, optimizer, state, at["metas"], batches, mode)
       return outer_loss(end.params)
 
-    along, slopes, scale = _differences(
-      jax.jit(lambda leaves: objective(leaves, "reverse")), leaves, directions, seed
-    )
-    reverse = None
-    rows = []
+    loss = jax.jit(lambda leaves: objective(leaves, "reverse"))
+    along, slopes, scale = _differences(loss, leaves, directions, seed)
+    reverse, rows = None, []
     for mode in dict.fromkeys(("reverse", *modes)):
       try:
         gradient = jax.jit(jax.grad(lambda leaves, mode=mode: objective(leaves, mode)))(leaves)
       except TypeError as error:  # forward mode through a custom_vjp
         rows.append(Row(mode, np.nan, np.nan, str(error).splitlines()[0]))
         continue
-      gradient = [np.asarray(g) for g in gradient]
+      gradient = jax.device_get(gradient)
       reverse = reverse or gradient
-      of_reverse = [_error(g, r, 1e-12 * scale) for g, r in zip(gradient, reverse, strict=True)]
       mine = [[np.sum(g * d) for d in ds] for g, ds in zip(gradient, along, strict=True)]
-      of_slopes = [_error(m, s, NEGLIGIBLE * scale) for m, s in zip(mine, slopes, strict=True)]
+      of_reverse = _errors(gradient, reverse, 1e-12 * scale)
+      of_slopes = _errors(mine, slopes, NEGLIGIBLE * scale)
       verdict = _verdict(mode, paths, gradient, of_reverse, of_slopes)
       rows.append(Row(mode, max(of_reverse), max(of_slopes), verdict))
-    rows = [row for row in rows if row.mode in modes]
+  rows = [row for row in rows if row.mode in modes]
   print(f"{'mode':14s} {'to reverse':>11s} {'to differences':>15s}  verdict")
   for row in rows:
     print(f"{row.mode:14s} {row.to_reverse:11.1e} {row.to_differences:15.1e}  {row.verdict}")
@@ -95,8 +93,7 @@ def check_meta_gradient(
 
 def _differences(objective, leaves, directions, seed):
   """(directions, slopes of the objective along them: [leaf][direction], size of the objective)."""
-  rng = np.random.default_rng(seed)
-  along, slopes = [], []
+  rng, along, slopes = np.random.default_rng(seed), [], []
   for i, leaf in enumerate(leaves):
     size = float(jnp.sqrt(jnp.mean(jnp.square(leaf)))) or 1.0  # a head may start at zero
     along.append([size * rng.normal(size=leaf.shape) for _ in range(directions)])
@@ -106,28 +103,26 @@ def _differences(objective, leaves, directions, seed):
 
 
 def _verdict(mode, paths, gradient, of_reverse, of_slopes):
-  if not all(np.isfinite(g).all() for g in gradient):
-    bad = next(p for p, g in zip(paths, gradient, strict=True) if not np.isfinite(g).all())
-    return f"not finite at {bad}"
+  for path, g in zip(paths, gradient, strict=True):
+    if not np.isfinite(g).all():
+      return f"not finite at {path}"
   if mode == "first_order":
     return "an approximation by design"
-  for errors, limit, what in (
-    (of_slopes, TO_DIFFERENCES, "not the derivative"),
-    (of_reverse, TO_REVERSE, "not what reverse mode gives"),
-  ):
-    worst = int(np.argmax(errors))
-    if errors[worst] > limit:
-      return f"{what} at {paths[worst]}"
+  if not np.max(of_slopes) <= TO_DIFFERENCES:  # nan is larger
+    return f"not the derivative at {paths[np.argmax(of_slopes)]}"
+  if not np.max(of_reverse) <= TO_REVERSE:
+    return f"not what reverse mode gives at {paths[np.argmax(of_reverse)]}"
   for path, g in zip(paths, gradient, strict=True):
     if path.startswith("metas") and not g.any():
       return f"no gradient reaches {path}"  # and the outer loss doesn't move: an integer path?
   return "exact"
 
 
-def _error(a, b, negligible):
-  """|a - b| / |b|, of vectors; differences of what is negligible count as none."""
-  a, b = np.ravel(a), np.ravel(b)
-  return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), np.linalg.norm(b), negligible))
+def _errors(actual, expected, negligible):
+  """|a - b| / max(|a|, |b|, negligible) of each pair of vectors."""
+  norm = lambda *vectors: max(float(np.linalg.norm(np.ravel(v))) for v in vectors)
+  pairs = zip(map(np.asarray, actual), map(np.asarray, expected), strict=True)
+  return [norm(a - b) / max(norm(a, b), negligible) for a, b in pairs]
 
 
 def _floating(x):
@@ -141,9 +136,7 @@ def _flatten(tree):
   names = [jax.tree_util.keystr(paths[i][0], simple=True, separator="/") for i in where]
 
   def restore(leaves):
-    all_leaves = [x for _, x in paths]
-    for i, x in zip(where, leaves, strict=True):
-      all_leaves[i] = x
-    return structure.unflatten(all_leaves)
+    floating = dict(zip(where, leaves, strict=True))
+    return structure.unflatten([floating.get(i, x) for i, (_, x) in enumerate(paths)])
 
   return names, [paths[i][1] for i in where], restore

@@ -79,14 +79,9 @@ def open_rater(workdir: str | os.PathLike) -> TrainedRater:
   digest = hashlib.blake2b(f"{config.rater} {config.dtype} {tokenizer.fingerprint}".encode())
   for leaf in jax.tree.leaves(jax.device_get(eta)):
     digest.update(np.ascontiguousarray(leaf))
-  return TrainedRater(
-    config,
-    tokenizer,
-    sharding.shard(eta),
-    jax.jit(lambda eta, batch: sharding.replicate(rater.score(eta, batch))),
-    parameter_count(eta),
-    digest.hexdigest()[:16],
-  )
+  apply = jax.jit(lambda eta, batch: sharding.replicate(rater.score(eta, batch)))
+  size, fingerprint = parameter_count(eta), digest.hexdigest()[:16]
+  return TrainedRater(config, tokenizer, sharding.shard(eta), apply, size, fingerprint)
 
 
 def rater_config(workdir: str | os.PathLike) -> Config:
@@ -97,11 +92,7 @@ def rater_config(workdir: str | os.PathLike) -> Config:
 
 
 def score_texts(
-  score: Score,
-  texts: list[str],
-  tokenizer: Tokenizer,
-  sequence_length: int,
-  score_batch: int = 64,
+  score: Score, texts: list[str], tokenizer: Tokenizer, sequence_length: int, score_batch: int = 64
 ) -> tuple[np.ndarray, int]:
   """(scores [n] float32, the number of tokens scored)."""
   rows = make_rows(texts, tokenizer, sequence_length, score_batch)
@@ -121,8 +112,7 @@ def make_rows(
 ) -> list[Rows]:
   """All pieces of the texts in batches of score_batch * S tokens, the longest first; pieces of one
   length keep the order of the texts."""
-  lengths = sorted({-(-sequence_length // part) for part in (8, 4, 2, 1)})
-  buckets = {length: [] for length in lengths}
+  buckets = {length: [] for length in sorted({-(-sequence_length // n) for n in (8, 4, 2, 1)})}
   for index, tokens in enumerate(tokenizer.encode(texts)):
     for piece in cut(tokens, sequence_length):
       length = next(length for length in buckets if len(piece) <= length)
@@ -136,10 +126,7 @@ def make_rows(
 
 
 def score_rows(
-  score: Score,
-  rows: list[Rows],
-  documents: int,
-  scored: Callable[[Rows], None] = lambda rows: None,
+  score: Score, rows: list[Rows], documents: int, scored: Callable[[Rows], None] = lambda rows: None
 ) -> np.ndarray:
   """Scores [n] float32 of documents from all their pieces; calls `scored` after each batch."""
   total, count = np.zeros((2, documents))

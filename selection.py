@@ -91,15 +91,6 @@ def top_k(scores: np.ndarray, batch_size: int, discard: float, seed: int) -> np.
   return keep
 
 
-# Policies of the comparison: which N sequences of a pool a language model trains on.
-#
-#   none         the pool is the batch
-#   random       any N
-#   datarater    the N with the highest scores phi_eta
-#   pplx_bottom, pplx_middle, pplx_top
-#                the N with the lowest, middle, highest perplexity under a scorer LM
-
-
 def pool_size(policy: str, batch: int, discard: float) -> int:
   """M = N / (1 - rho), rounded; N for `none`."""
   return batch if policy == "none" else max(batch, round(batch / (1 - discard)))
@@ -107,6 +98,9 @@ def pool_size(policy: str, batch: int, discard: float) -> int:
 
 def select(policy: str, values_M: np.ndarray, keep: int, rng: np.random.Generator) -> np.ndarray:
   """Indices [keep] of the kept sequences of a pool, in the pool's order; ties go to the earlier.
+
+  `none` keeps all, `random` any, `datarater` those with the highest scores phi_eta, pplx_bottom,
+  pplx_middle and pplx_top those with the lowest, middle and highest perplexity under a scorer LM.
 
   Args:
     values_M: scores for `datarater`, mean NLL for the perplexity policies; the others use only its

@@ -29,12 +29,9 @@ STYLE = {
   "figure.constrained_layout.use": True,
   "axes.spines.top": False,
   "axes.spines.right": False,
-  "text.color": INK,
-  "axes.edgecolor": INK,
-  "axes.labelcolor": INK,
-  "xtick.color": INK,
-  "ytick.color": INK,
 }
+_INKED = "text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"
+STYLE |= dict.fromkeys(_INKED, INK)
 
 
 def svg(title: str, key: str, draw: Callable[..., Figure], *args) -> str:
@@ -65,8 +62,7 @@ def distributions(scores: dict[str, np.ndarray]) -> Figure:
     axis.plot([low, high], [y, y], color=INK, linewidth=2, solid_capstyle="butt")
     axis.plot([middle], [y], "o", color=INK, markersize=4)
   axis.set_yticks(range(len(scores)), [f"{short(n)} ({len(v)})" for n, v in scores.items()])
-  axis.set_ylim(-0.7, len(scores) - 0.3)
-  axis.set_xlabel("score of the rater")
+  axis.set(ylim=(-0.7, len(scores) - 0.3), xlabel="score of the rater")
   return figure
 
 
@@ -79,10 +75,8 @@ def mixture(discards: Sequence[float], shares: dict[str, np.ndarray]) -> Figure:
     if share[-1] >= 0.04:
       axis.text(discards[-1] + 0.01, bottom + share[-1] / 2, short(name), va="center", fontsize=7)
     bottom += share[-1]
-  axis.set_xlim(0, discards[-1])
-  axis.set_ylim(0, 1)
-  axis.set_xlabel("fraction discarded, the lowest scores first")
-  axis.set_ylabel("share of the remaining units")
+  axis.set(xlim=(0, discards[-1]), xlabel="fraction discarded, the lowest scores first")
+  axis.set(ylim=(0, 1), ylabel="share of the remaining units")
   return figure
 
 
@@ -91,19 +85,13 @@ def noise(levels: np.ndarray, scores: np.ndarray) -> Figure:
   tenths = np.round(levels, 1)
   known = sorted(set(tenths[np.isfinite(tenths)].tolist()))
   figure, axis = plt.subplots(figsize=(WIDTH, 2.8))
-  axis.boxplot(
-    [scores[tenths == level] for level in known],
-    positions=known,
-    widths=0.05,
-    manage_ticks=False,
-    patch_artist=True,
-    flierprops=dict(marker=".", markersize=3, markeredgecolor=INK),
-    boxprops=dict(facecolor=BLUE, edgecolor=INK),
-    **{key: dict(color=INK) for key in ("whiskerprops", "capprops", "medianprops")},
-  )
+  boxes = [scores[tenths == level] for level in known]
+  style = {key: dict(color=INK) for key in ("whiskerprops", "capprops", "medianprops")}
+  style["flierprops"] = dict(marker=".", markersize=3, markeredgecolor=INK)
+  style["boxprops"] = dict(facecolor=BLUE, edgecolor=INK)
+  axis.boxplot(boxes, positions=known, widths=0.05, manage_ticks=False, patch_artist=True, **style)
   axis.set_xticks(known, [f"{level:g}" for level in known])
-  axis.set_xlim(min(known) - 0.06, max(known) + 0.06)
-  axis.set_xlabel("noise level, rounded to tenths")
+  axis.set(xlim=(min(known) - 0.06, max(known) + 0.06), xlabel="noise level, rounded to tenths")
   axis.set_ylabel("score minus the mean\nof the source's clean text")
   return figure
 
@@ -117,6 +105,5 @@ def bars(values: dict[str, float], label: str, intervals: Sequence | None = None
     axis.hlines(y, *np.transpose(intervals), color=INK, linewidth=1)
   axis.axvline(0, color=INK, linewidth=0.8)
   axis.set_yticks(y, list(values))
-  axis.set_ylim(-0.6, len(values) - 0.4)
-  axis.set_xlabel(label)
+  axis.set(ylim=(-0.6, len(values) - 0.4), xlabel=label)
   return figure

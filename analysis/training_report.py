@@ -39,7 +39,7 @@ class SourceScores(NamedTuple):
     return self.clean if len(self.clean) else self.corrupted
 
 
-@plt.rc_context(STYLE)
+@plt.rc_context(STYLE | {"axes.titlesize": 9, "legend.fontsize": 8})
 def write(workdir: Path, documents: list, config: dict) -> str:
   """Writes the summary, results.json, validation_scores.jsonl and figures; returns the summary."""
   scores = {int(p.stem): np.load(p) for p in (workdir / "scores").glob("*.npy")}
@@ -52,18 +52,15 @@ def write(workdir: Path, documents: list, config: dict) -> str:
   results = {"meta_steps": max(scores), "documents": len(documents)}
   lines = [f"DataRater after {max(scores)} meta-steps, on {len(documents)} held-out documents"]
   if metrics:
-    final = metrics[-1]
-    outer_loss, skipped = np.mean(final["outer_loss"]), sum(np.sum(m["skipped"]) for m in metrics)
-    results |= {"outer_loss": float(outer_loss), "skipped_meta_gradients": int(skipped)}
+    loss, skipped = np.mean(metrics[-1]["outer_loss"]), sum(np.sum(m["skipped"]) for m in metrics)
+    results |= {"outer_loss": float(loss), "skipped_meta_gradients": int(skipped)}
     compared = "no earlier scores to compare with"
-    if "score_autocorrelation" in final:
-      results["score_autocorrelation"] = r = final["score_autocorrelation"]
-      compared = (
-        f"scores correlate {r:.3f} with the scores {config['steps_per_call']} meta-steps earlier"
-      )
-    lines.append(
-      f"  outer loss {outer_loss:.3f} nats per token; {compared}; {skipped} meta-gradients skipped"
-    )
+    if "score_autocorrelation" in metrics[-1]:
+      results["score_autocorrelation"] = r = metrics[-1]["score_autocorrelation"]
+      earlier = f"the scores {config['steps_per_call']} meta-steps earlier"
+      compared = f"scores correlate {r:.3f} with {earlier}"
+    skips = f"{skipped} meta-gradients skipped"
+    lines.append(f"  outer loss {loss:.3f} nats per token; {compared}; {skips}")
   if len(set(noise[np.isfinite(noise)])) > 1:
     results["noise"] = noise_table(last, noise, source)
     fits = {step: weight_fit(s, noise) for step, s in scores.items()}
@@ -89,12 +86,10 @@ def write(workdir: Path, documents: list, config: dict) -> str:
     {"id": d.id, "source": d.source, "noise": None if np.isnan(d.noise) else d.noise, "score": s}
     for d, s in zip(documents, last.tolist(), strict=True)
   ]
-  for name, text in (
-    ("validation_scores.jsonl", "".join(json.dumps(r) + "\n" for r in rows)),
-    ("results.json", json.dumps(results, indent=1) + "\n"),
-    ("summary.txt", summary + "\n"),
-  ):
-    write_text(workdir / name, text)
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  write_text(workdir / "validation_scores.jsonl", lines)
+  write_text(workdir / "results.json", json.dumps(results, indent=1) + "\n")
+  write_text(workdir / "summary.txt", summary + "\n")
   return summary
 
 
@@ -132,13 +127,11 @@ def noise_table(scores: np.ndarray, noise: np.ndarray, source: np.ndarray) -> di
     if min(len(clean), len(noisy)) >= MIN_DOCUMENTS:
       u = scipy.stats.mannwhitneyu(clean, noisy).statistic
       auroc[name] = float(u / (len(clean) * len(noisy)))
-  return {
-    "spearman": spearman,
-    "spearman_mean": float(np.mean(list(spearman.values()))) if spearman else None,
-    "auroc": auroc,
-    "auroc_mean": float(np.mean(list(auroc.values()))) if auroc else None,
-    "too_few_documents": too_few,
-  }
+  table = {}
+  for statistic, values in (("spearman", spearman), ("auroc", auroc)):
+    mean = float(np.mean(list(values.values()))) if values else None
+    table |= {statistic: values, f"{statistic}_mean": mean}
+  return table | {"too_few_documents": too_few}
 
 
 def weight_fit(scores: np.ndarray, noise: np.ndarray, batch: int = 128) -> dict:
@@ -189,21 +182,17 @@ def restarts(metrics: list[dict]) -> dict[int, np.ndarray]:
 def _noise_lines(results: dict) -> list[str]:
   table, lines = results["noise"], []
   if table["spearman"]:
-    lines.append(
-      f"  noise level against score, within a source: Spearman {table['spearman_mean']:+.3f} "
-      f"(mean of {len(table['spearman'])} sources; -1: noisier documents always score lower)"
-    )
+    mean, n = f"{table['spearman_mean']:+.3f}", len(table["spearman"])
+    note = f"(mean of {n} sources; -1: noisier documents always score lower)"
+    lines.append(f"  noise level against score, within a source: Spearman {mean} {note}")
   if table["auroc"]:
-    lines.append(
-      f"  clean against corrupted (levels >= 0.2), within a source: AUROC "
-      f"{table['auroc_mean']:.3f} (mean of {len(table['auroc'])} sources; 1 = perfect)"
-    )
+    mean = f"{table['auroc_mean']:.3f} (mean of {len(table['auroc'])} sources; 1 = perfect)"
+    lines.append(f"  clean against corrupted (levels >= 0.2), within a source: AUROC {mean}")
   if table["too_few_documents"]:
     lines.append(f"  too few documents to judge: {', '.join(table['too_few_documents'])}")
-  fits = ", ".join(
-    f"{step}: {r2:.3f}" + (f" (paper {PAPER_R2[step]})" if step in PAPER_R2 else "")
-    for step, r2 in results["weight_fit_r2"].items()
-  )
+  paper = {step: f" (paper {r2})" for step, r2 in PAPER_R2.items()}
+  r2 = results["weight_fit_r2"].items()
+  fits = ", ".join(f"{step}: {value:.3f}{paper.get(step, '')}" for step, value in r2)
   lines.append(f"  R^2 of weight on noise level at meta-step {fits}")
   ranks = ", ".join(f"{s}: {_signed(rho)}" for s, rho in results["weight_fit_spearman"].items())
   lines.append(f"  Spearman of weight and noise level at meta-step {ranks}")
@@ -215,39 +204,39 @@ def _signed(correlation: float | None) -> str:
 
 
 def _source_line(source: SourceScores) -> str:
-  x, corrupted = source.ranked, source.corrupted
-  more = f"; {len(corrupted)} corrupted: {corrupted.mean():+.3f}" if len(corrupted) else ""
+  x, corrupted, more = source.ranked, source.corrupted, ""
+  if len(corrupted):
+    more = f"; {len(corrupted)} corrupted: {corrupted.mean():+.3f}"
   if not len(source.clean):
     more = ", all corrupted"
   return f"    {source.name:24s} {x.mean():+.3f}  (spread {x.std():.3f}, {len(x)}{more})"
 
 
 def _plot_noise(fits: dict[int, dict]) -> Figure:
-  figure, axes = plt.subplots(1, len(fits), figsize=(3.2 * len(fits), 3.2), sharey=True)
-  for axis, (step, fit) in zip(np.atleast_1d(axes), fits.items(), strict=True):
+  size = 3.2 * len(fits), 3.2
+  figure, (axes,) = plt.subplots(1, len(fits), figsize=size, sharey=True, squeeze=False)
+  axes[0].set_ylabel("weight in a batch of 128")
+  for axis, (step, fit) in zip(axes, fits.items(), strict=True):
     jitter = np.random.default_rng(0).uniform(-0.02, 0.02, len(fit["x"]))
     axis.scatter(fit["x"] + jitter, fit["y"], s=6, alpha=0.5, linewidths=0, color=BLUE)
     axis.plot(*fitted_line(fit), color="black", linewidth=1)
     quality = f"R² {fit['r2']:.3f}, Spearman {_signed(fit['spearman'])}"
-    axis.set_title(f"meta-step {step}\n{quality}", fontsize=9)
-    axis.set_xlabel("noise level of the document")
-  np.atleast_1d(axes)[0].set_ylabel("weight in a batch of 128")
+    axis.set(title=f"meta-step {step}\n{quality}", xlabel="noise level of the document")
   return figure
 
 
 def _plot_sources(ranked: list[SourceScores], noise: np.ndarray) -> Figure:
   """A box each for the clean and the corrupted documents of each source, the best on top."""
-  note = f"best first by the mean score of their {ranking_documents(noise)}"
-  shown = ranked
+  title = f"Sources, best first by the mean score of their {ranking_documents(noise)}"
+  shown, half = ranked, MAX_SOURCES // 2
   if len(ranked) > MAX_SOURCES:
-    half = MAX_SOURCES // 2
     shown = ranked[:half] + ranked[-half:]
-    note += (
-      f"\n{len(ranked) - len(shown)} of {len(ranked)} sources, between the {half} best and the "
-      f"{half} worst,\nare not shown: summary.txt lists all"
-    )
+    left_out = f"{len(ranked) - len(shown)} of {len(ranked)} sources, in the middle,"
+    title += f"\n{left_out} are not shown: summary.txt lists all"
   figure, axis = plt.subplots(figsize=(7, 0.3 * len(shown) + 1.3))
   rows = list(enumerate(reversed(shown)))
+  style = dict(orientation="horizontal", widths=0.28, patch_artist=True, medianprops={"color": "k"})
+  style |= dict(manage_ticks=False, showfliers=False)
   for field, offset, color in (("clean", 0.17, BLUE), ("corrupted", -0.17, RED)):
     boxes = [(y, s, getattr(s, field)) for y, s in rows if len(getattr(s, field))]
     if not boxes:
@@ -255,23 +244,17 @@ def _plot_sources(ranked: list[SourceScores], noise: np.ndarray) -> Figure:
     axis.boxplot(
       [values for _, _, values in boxes],
       positions=[y + (offset if len(s.clean) and len(s.corrupted) else 0) for y, s, _ in boxes],
-      orientation="horizontal",
-      widths=0.28,
-      manage_ticks=False,
-      showfliers=False,
-      patch_artist=True,
       boxprops=dict(facecolor=color, alpha=0.6),
-      medianprops=dict(color="black"),
       label="not known to be corrupted" if field == "clean" and np.isnan(noise).any() else field,
+      **style,
     )
   if len(shown) < len(ranked):
     axis.axhline(len(shown) - half - 0.5, color="black", linewidth=0.8, linestyle=":")
   axis.set_yticks(range(len(shown)), [short(source.name, 40) for _, source in rows])
-  axis.set_ylim(-0.6, len(shown) - 0.4)
-  axis.set_xlabel("score of the rater")
-  axis.set_title(f"Sources, {note}", fontsize=8, loc="left")
+  axis.set(ylim=(-0.6, len(shown) - 0.4), xlabel="score of the rater")
+  axis.set_title(title, fontsize=8, loc="left")
   if (noise > 0).any():
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
   return figure
 
 
@@ -279,14 +262,12 @@ def _plot_losses(metrics: list[dict]) -> Figure:
   """Mean losses, and the outer loss of each inner model with marks where it was re-initialized."""
   figure, axis = plt.subplots(figsize=(6.5, 4))
   losses, restarted = by_member(metrics, "outer_loss"), restarts(metrics)
-  label = "outer loss of each inner model"
-  if len(losses) > MAX_MEMBERS:
-    label = f"outer loss of {MAX_MEMBERS} of {len(losses)} inner models"
-  for member in list(losses)[:MAX_MEMBERS]:
+  shown = list(losses)[:MAX_MEMBERS]
+  for member in shown:
     (steps, loss), new = losses[member], restarted[member]
-    axis.plot(steps, loss, color=RED, alpha=0.35, linewidth=0.6, label=label)
-    label = None
+    axis.plot(steps, loss, color=RED, alpha=0.35, linewidth=0.6)
     axis.plot(steps[new], loss[new], "v", color="black", markersize=3.5)
+  axis.get_lines()[0].set_label(f"outer loss of {len(shown)} of {len(losses)} inner models")
   axis.get_lines()[1].set_label("first loss after re-initialization")
   steps = [m["step"] for m in metrics]
   for name, color, label in (
@@ -294,9 +275,8 @@ def _plot_losses(metrics: list[dict]) -> Figure:
     ("outer_loss", RED, "mean outer loss (held-out data)"),
   ):
     axis.plot(steps, [np.mean(m[name]) for m in metrics], color=color, linewidth=1.3, label=label)
-  axis.set_xlabel("meta-step")
-  axis.set_ylabel("nats per token")
-  figure.legend(fontsize=8, loc="outside upper center", ncols=2)
+  axis.set(xlabel="meta-step", ylabel="nats per token")
+  figure.legend(loc="outside upper center", ncols=2)
   return figure
 
 
@@ -305,18 +285,15 @@ def _plot_meta(metrics: list[dict]) -> Figure:
   for axis, name in zip(axes, ("meta_gradient_norm", "meta_update_norm"), strict=False):
     for member, (steps, values) in by_member(metrics, name).items():
       axis.plot(steps, values, linewidth=1, label=member)
-  axes[0].set_ylabel("norm of the meta-gradient")
-  axes[1].set_ylabel("norm of the update of eta")
-  axes[0].set_yscale("log")
+  axes[0].set(ylabel="norm of the meta-gradient", yscale="log")
   axes[0].yaxis.set_major_formatter(LogFormatter())  # the default one writes math
   axes[0].yaxis.set_minor_formatter(LogFormatter())
+  axes[1].set_ylabel("norm of the update of eta")
   lines = axes[0].get_lines()
-  title = "inner model"
-  if len(lines) > MAX_MEMBERS:
-    title = f"inner model (the first {MAX_MEMBERS} of {len(lines)}, whose colors repeat)"
-  figure.legend(
-    handles=lines[:MAX_MEMBERS], title=title, fontsize=8, loc="outside upper center", ncols=10
-  )
+  shown, title = lines[:MAX_MEMBERS], "inner model"
+  if len(lines) > len(shown):
+    title += f" (the first {len(shown)} of {len(lines)}, whose colors repeat)"
+  figure.legend(handles=shown, title=title, loc="outside upper center", ncols=MAX_MEMBERS)
   corr = [(m["step"], m["score_autocorrelation"]) for m in metrics if "score_autocorrelation" in m]
   axes[2].plot(*zip(*corr, strict=True), color="black", linewidth=1)
   axes[2].set_ylabel("correlation with the last call's scores")

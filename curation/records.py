@@ -10,10 +10,11 @@ columns, null where a field is missing; a field of two kinds is an error.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,15 @@ import pyarrow.parquet
 
 from corpus.documents import DataConfig, Input, Record, Report, corpus_records
 from runtime.cli import UserError, one_line
-from runtime.files import write_atomically, write_text
+from runtime.files import write_atomically
 
-FIELDS = ("datarater_score", "datarater_quantile", "datarater_keep")
+FIELDS = {
+  "datarater_score": pa.float32(),
+  "datarater_quantile": pa.float32(),
+  "datarater_keep": pa.bool_(),
+}
 FORMATS = ("jsonl", "parquet")
+UNWRITABLE = (TypeError, ValueError, OverflowError, pa.ArrowException)
 
 
 class Shard(NamedTuple):
@@ -70,7 +76,7 @@ def read(
   while first is not None:
     shard = itertools.chain([first], itertools.islice(records, size - 1))
     shard = collections.deque(shard, maxlen=None if wanted(number) else 0)
-    documents = counts.records - sum(counts.skipped.values())
+    documents = counts.usable
     first = next(records, None)  # raises at the end if too many records are unusable
     yield Shard(number, list(shard), first and list(first[:2]), documents)
     number += 1
@@ -79,24 +85,15 @@ def read(
 def describe(shard: Shard, inputs: list[Input], format: str, tokens: int) -> About:
   sizes, last = [item.stamp[0] for item in inputs], shard.records[-1]
   read = (sum(sizes[: last.input]) + sizes[last.input] * last.read) / max(sum(sizes), 1)
-  inferred = [record for record in shard.usable if not isinstance(record.original, tuple)]
-  schema = None
-  if format == "parquet" and inferred:
-    schema = inferred_schema(inferred).serialize().to_pybytes().hex()
+  read = 0 if math.isnan(read) else read
   rejects = [
     {"file": inputs[x.input].path, "record": x.number, "reason": x.problem}
     for x in shard.records
     if x.problem
   ]
-  return About(
-    next=shard.next,
-    records=len(shard.records),
-    documents=shard.documents,
-    rejects=rejects,
-    read=0 if math.isnan(read) else read,
-    schema=schema,
-    tokens=tokens,
-  )
+  inferred = [x for x in shard.usable if format == "parquet" and not isinstance(x.original, tuple)]
+  schema = inferred_schema(inferred).serialize().to_pybytes().hex() if inferred else None
+  return About(shard.next, len(shard.records), shard.documents, rejects, read, schema, tokens)
 
 
 def checked(
@@ -121,7 +118,7 @@ def unwritable(record: Record, format: str) -> str:
       json_line(record)
     elif format == "parquet" and not isinstance(record.original, tuple):
       pa.array([_value(record)])
-  except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+  except UNWRITABLE as error:
     return f"cannot be {format} ({type(error).__name__})"
   return ""
 
@@ -139,14 +136,22 @@ def with_fields(line: bytes, fields: Mapping[str, Any]) -> bytes:
   return line[:-1].rstrip() + b", " + ", ".join(more).encode() + b"}\n"
 
 
-def common_schema(schemas: list[pa.Schema]) -> pa.Schema:
-  """The union of their columns; a column's types are promoted to one that holds them all."""
-  try:
+def output_schema(
+  inputs: list[Input], format: str, inferred: Iterable[str | None] = ()
+) -> pa.Schema | None:
+  """The columns of the output, None for JSONL. A column's types are promoted to one that holds
+  them all.
+
+  Args:
+    inferred: schemas of the shards (About.schema).
+  """
+  if format == "jsonl":
+    return None
+  schemas = [file_schema(item.path) for item in inputs if item.kind == "parquet"]
+  for schema in dict.fromkeys(filter(None, inferred)):
+    schemas.append(pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(schema))))
+  with parquet_errors("the records have no common Parquet schema"):
     return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
-  except pa.ArrowException as error:
-    raise UserError(
-      f"the records have no common Parquet schema ({one_line(error)}): use --format=jsonl"
-    ) from None
 
 
 def file_schema(path: str) -> pa.Schema:
@@ -158,13 +163,17 @@ def file_schema(path: str) -> pa.Schema:
 
 def inferred_schema(records: list[Record]) -> pa.Schema:
   """The schema of records of other formats than Parquet."""
-  try:
+  first, last = records[0].number, records[-1].number
+  with parquet_errors(f"records {first} to {last} have fields of two kinds"):
     return pa.schema(list(pa.array(map(_value, records)).type))
-  except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
-    raise UserError(
-      f"records {records[0].number} to {records[-1].number} have fields of two kinds "
-      f"({one_line(error)}): use --format=jsonl"
-    ) from None
+
+
+@contextlib.contextmanager
+def parquet_errors(problem: str) -> Iterator[None]:
+  try:
+    yield
+  except UNWRITABLE as error:
+    raise UserError(f"{problem} ({one_line(error)}): use --format=jsonl") from None
 
 
 def write(
@@ -172,19 +181,15 @@ def write(
 ) -> None:
   """Writes a part atomically: the records with their new columns; JSONL if there is no schema."""
   if schema is None:
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     lines = (with_fields(json_line(x), row) for x, row in zip(records, rows, strict=True))
     write_atomically(path, lambda file: file.writelines(lines))
     return
-  try:
+  with parquet_errors(f"{path.name} cannot be Parquet"):
     table = _table(records, schema)
     for name, values in columns.items():
       table = table.append_column(name, pa.array(values))
     write_atomically(path, lambda file: pa.parquet.write_table(table, file, compression="zstd"))
-  except pa.ArrowException as error:
-    raise UserError(
-      f"{path.name} cannot be Parquet ({one_line(error)}): use --format=jsonl"
-    ) from None
 
 
 def _table(records: list[Record], schema: pa.Schema) -> pa.Table:
@@ -220,17 +225,3 @@ def cdf(ordered: np.ndarray) -> dict[str, list[float]]:
   quantiles = np.linspace(0, 1, 1001)
   scores = np.quantile(ordered, quantiles, method="inverted_cdf")
   return {"quantile": quantiles.round(3).tolist(), "score": scores.astype(float).tolist()}
-
-
-def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
-  """Writes manifest.json, which marks a run as complete."""
-  write_text(output / "manifest.json", json.dumps(manifest, indent=1))
-
-
-def summary(manifest: dict[str, Any]) -> str:
-  line = f"{manifest['documents']} documents, {manifest['tokens']} tokens"
-  if "kept" in manifest:
-    share = manifest["kept"] / max(manifest["documents"], 1)
-    line += f"; kept {manifest['kept']} ({share:.1%})"
-  reasons = [f"{count} {reason}" for reason, count in manifest["rejected"].items()]
-  return f"{line}\nrecords rejected: {', '.join(reasons) or 'none'}"

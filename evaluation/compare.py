@@ -51,11 +51,15 @@ class Costs(NamedTuple):
       return 0.0
     return rating_overhead(scorers[policy], self.parameters[model], discard)
 
+  def tokens(self, model: str) -> int:
+    """D, the tokens of one run."""
+    recipe = self.recipes[model]
+    return recipe.steps * recipe.batch * self.sequence_length
+
   def flops(self, model: str, policy: str, discard: float) -> float:
     """FLOPs of one run with its rating: 6 N D (1 + overhead)."""
-    recipe = self.recipes[model]
-    tokens = recipe.steps * recipe.batch * self.sequence_length
-    return 6 * self.parameters[model] * tokens * (1 + self.overhead(model, policy, discard))
+    rated = 1 + self.overhead(model, policy, discard)
+    return 6 * self.parameters[model] * self.tokens(model) * rated
 
 
 def compute_fraction(
@@ -90,12 +94,9 @@ def rating_overhead(scorer_parameters: int, lm_parameters: int, discard: float) 
 
 
 def best_discard(workdir: Path, sweep: list) -> float:
-  """The discard fraction whose runs end with the lowest mean NLL on `selection`."""
-  final = {}
-  for run in sweep:
-    if run.policy == "datarater":
-      final.setdefault(run.discard, []).append(read_curve(workdir, run)[-1]["nll"]["selection"])
-  return min(final, key=lambda rho: np.mean(final[rho]))
+  """The discard fraction whose run ends with the lowest NLL on `selection`."""
+  tried = [run for run in sweep if run.policy == "datarater"]
+  return min(tried, key=lambda run: read_curve(workdir, run)[-1]["nll"]["selection"]).discard
 
 
 def read_curve(workdir: Path, run) -> list[dict]:
@@ -103,7 +104,7 @@ def read_curve(workdir: Path, run) -> list[dict]:
   return [json.loads(line) for line in lines]
 
 
-@plt.rc_context(STYLE)
+@plt.rc_context(STYLE | {"axes.titlesize": 10, "legend.fontsize": 8})
 def write(workdir: Path, runs: list, sweep: list, costs: Costs, benchmarks: dict) -> str:
   """Writes results.json, table.md and the figures; returns the table.
 
@@ -111,21 +112,21 @@ def write(workdir: Path, runs: list, sweep: list, costs: Costs, benchmarks: dict
     runs, sweep: lists of plan.Run, all trained.
     benchmarks: {task: {"questions": their number, "chance": accuracy of random choices}}.
   """
-  curves = {run: read_curve(workdir, run) for run in [*runs, *sweep]}
+  curves, swept = ({run: read_curve(workdir, run) for run in group} for group in (runs, sweep))
   recipes = {size: recipe._asdict() for size, recipe in costs.recipes.items()}
   results = {"costs": costs._asdict() | {"recipes": recipes}}
-  models = _distinct(runs, "model")
-  results["models"] = {model: _compare(model, runs, curves, costs) for model in models}
+  models = dict.fromkeys(run.model for run in runs)
+  results["models"] = {model: _compare(model, curves, costs) for model in models}
   if sweep:
-    results["sweep"] = _sweep(sweep, curves)
+    results["sweep"] = _sweep(swept)
     save_figure(workdir / "discard.png", _plot_sweep(results["sweep"], sweep[0].model))
   results["benchmarks"] = benchmarks
-  results["curves"] = {run.name: curve for run, curve in curves.items()}
-  save_figure(workdir / "learning_curves.png", _plot_curves(runs, curves, benchmarks))
+  results["curves"] = {run.name: curve for run, curve in (curves | swept).items()}
+  save_figure(workdir / "learning_curves.png", _plot_curves(curves, benchmarks))
   save_figure(workdir / "compute.png", _plot_compute(results["models"]))
   table = _table(results, costs)
-  for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", table)):
-    write_text(workdir / name, f"{text}\n")
+  write_text(workdir / "results.json", json.dumps(results, indent=1) + "\n")
+  write_text(workdir / "table.md", table + "\n")
   return table
 
 
@@ -146,56 +147,40 @@ def panels(models: list[str], metrics: list) -> list[tuple]:
   return [(model, metric) for model in models for metric in metrics if metric in kept]
 
 
-def _compare(model: str, runs: list, curves: dict, costs: Costs) -> dict:
+def _compare(model: str, curves: dict, costs: Costs) -> dict:
   """policy -> metric -> final values by seed; compute fractions of each seed and of the mean."""
   out = {}
-  for policy in _distinct(runs, "policy"):
-    seeds = _select(runs, model, policy)
-    overhead = costs.overhead(model, policy, seeds[0].discard)
-    metrics = {}
-    for metric in metrics_of(curves[seeds[0]][-1]):
-      steps, values = _by_seed(seeds, curves, metric)
-      final = values[:, -1]
-      baseline = _by_seed(_select(runs, model, "none"), curves, metric)[1][:, -1]
-      fraction = partial(
-        compute_fraction,
-        steps,
-        baseline_steps=steps[-1],
-        overhead=overhead,
-        higher_is_better=metric[0] == "accuracy",
-      )
+  for policy, discard in {run.policy: run.discard for run in curves}.items():
+    overhead, metrics = costs.overhead(model, policy, discard), {}
+    for metric in metrics_of(next(iter(curves.values()))[-1]):
+      steps, values = _by_seed(curves, model, policy, metric)
+      final, goal = values[:, -1], _by_seed(curves, model, "none", metric)[1][:, -1]
+      how = dict(overhead=overhead, higher_is_better=metric[0] == "accuracy")
+      fraction = partial(compute_fraction, steps, baseline_steps=steps[-1], **how)
+      seeds = zip(values, goal, strict=True)
       metrics["/".join(metric)] = {
         "final": final.tolist(),
         "mean": float(final.mean()),
         "sd": float(final.std(ddof=1)) if len(final) > 1 else None,
-        "compute_fraction": fraction(values.mean(0), baseline_final=baseline.mean()),
-        "compute_fraction_by_seed": [
-          fraction(v, baseline_final=b) for v, b in zip(values, baseline, strict=True)
-        ],
+        "compute_fraction": fraction(values.mean(0), baseline_final=goal.mean()),
+        "compute_fraction_by_seed": [fraction(v, baseline_final=g) for v, g in seeds],
       }
-    out[policy] = {"discard": seeds[0].discard, "overhead": overhead, "metrics": metrics}
+    out[policy] = {"discard": discard, "overhead": overhead, "metrics": metrics}
   return out
 
 
-def _distinct(runs: list, field: str) -> list[str]:
-  return list(dict.fromkeys(getattr(run, field) for run in runs))
-
-
-def _select(runs: list, model: str, policy: str) -> list:
-  return [run for run in runs if run.model == model and run.policy == policy]
-
-
-def _by_seed(runs: list, curves: dict, metric) -> tuple[list[int], np.ndarray]:
+def _by_seed(curves: dict, model: str, policy: str, metric) -> tuple[list[int], np.ndarray]:
   """Steps and values [seeds, evaluations] of a metric."""
-  steps = [row["step"] for row in curves[runs[0]]]
-  return steps, np.array([[metrics_of(row)[metric] for row in curves[run]] for run in runs])
+  seeds = [curve for run, curve in curves.items() if (run.model, run.policy) == (model, policy)]
+  values = np.array([[metrics_of(row)[metric] for row in curve] for curve in seeds])
+  return [row["step"] for row in seeds[0]], values
 
 
-def _sweep(sweep: list, curves: dict) -> dict:
+def _sweep(curves: dict) -> dict:
   """Evaluation set -> rho -> final NLL by seed; rho = 0 is the unfiltered baseline."""
   out = {}
-  for run in sweep:
-    for name, value in curves[run][-1]["nll"].items():
+  for run, curve in curves.items():
+    for name, value in curve[-1]["nll"].items():
       out.setdefault(name, {}).setdefault(f"{run.discard:g}", []).append(value)
   return out
 
@@ -203,18 +188,14 @@ def _sweep(sweep: list, curves: dict) -> dict:
 def _table(results: dict, costs: Costs) -> str:
   lines = []
   for model, policies in results["models"].items():
-    recipe = costs.recipes[model]
-    tokens = recipe.steps * recipe.batch * costs.sequence_length
-    metrics = list(policies["none"]["metrics"])
-    seeds = len(policies["none"]["metrics"][metrics[0]]["final"])
-    names = [m.removeprefix("nll/") for m in metrics]
-    lines += [
-      f"**{model}** ({costs.parameters[model]:,} parameters, {recipe.steps:,} steps, {tokens:,} "
-      f"tokens, {seeds} seeds; rater {costs.rater:,} parameters)",
-      "",
-      f"| policy | rho | {' | '.join(names)} | compute to match `none` on validation |",
-      "|---" * (len(metrics) + 3) + "|",
-    ]
+    metrics = policies["none"]["metrics"]
+    seeds = len(metrics["nll/validation"]["final"])
+    size, steps = f"{costs.parameters[model]:,} parameters", f"{costs.recipes[model].steps:,} steps"
+    size += f", {steps}, {costs.tokens(model):,} tokens, {seeds} seeds"
+    names = " | ".join(name.removeprefix("nll/") for name in metrics)
+    lines += [f"**{model}** ({size}; rater {costs.rater:,} parameters)", ""]
+    lines.append(f"| policy | rho | {names} | compute to match `none` on validation |")
+    lines.append("|---" * (len(metrics) + 3) + "|")
     for policy, result in policies.items():
       cells = [policy, f"{result['discard']:g}"]
       for value in result["metrics"].values():
@@ -231,16 +212,13 @@ def _table(results: dict, costs: Costs) -> str:
     "NLL in nats per token at the end, mean ± sd over seeds; compute includes rating the "
     "oversampled batches; never: not reached."
   )
-  if results["benchmarks"]:
-    tasks = "; ".join(
-      f"{task}: {b['questions']:,} questions, chance {b['chance']:.3f}"
-      for task, b in results["benchmarks"].items()
-    )
-    lines += ["", f"Accuracy on {tasks}."]
+  tasks = results["benchmarks"].items()
+  tasks = [f"{t}: {b['questions']:,} questions, chance {b['chance']:.3f}" for t, b in tasks]
+  if tasks:
+    lines += ["", f"Accuracy on {'; '.join(tasks)}."]
   if "sweep" in results:
-    swept = ", ".join(
-      f"{rho}: {np.mean(v):.3f}" for rho, v in results["sweep"]["selection"].items()
-    )
+    swept = results["sweep"]["selection"].items()
+    swept = ", ".join(f"{rho}: {np.mean(v):.3f}" for rho, v in swept)
     lines += ["", f"Sweep of rho, NLL on `selection` (0 = none): {swept}."]
   return "\n".join(lines)
 
@@ -249,10 +227,11 @@ def _percent(fraction: float | None) -> str:
   return "never" if fraction is None else f"{fraction:.0%}"
 
 
-def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
+def _plot_curves(curves: dict, benchmarks: dict) -> Figure:
   """Mean and range over seeds: a panel for each size and metric, a line for each policy."""
-  models, policies = _distinct(runs, "model"), _distinct(runs, "policy")
-  metrics = [m for m in metrics_of(curves[runs[0]][-1]) if m[1] != "selection"]
+  models = list(dict.fromkeys(run.model for run in curves))
+  policies = dict.fromkeys(run.policy for run in curves)
+  metrics = [m for m in metrics_of(next(iter(curves.values()))[-1]) if m[1] != "selection"]
   shown, total = panels(models, metrics), len(models) * len(metrics)
   models = models[:MAX_PANELS]
   each = len(shown) // len(models)  # panels of a model
@@ -267,12 +246,11 @@ def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
     kind, name = metric
     title, heights = f"{model}: {short(name)}", []
     for policy in policies:
-      steps, values = _by_seed(_select(runs, model, policy), curves, metric)
+      steps, values = _by_seed(curves, model, policy, metric)
       style = STYLES[policy] | {"markevery": max(1, len(steps) // 5), "markersize": 4}
       axis.plot(steps, values.mean(0), **style, label=policy, linewidth=1.3)
-      axis.fill_between(
-        steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0
-      )
+      low, high = values.min(0), values.max(0)
+      axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
       heights += [*values[:, len(steps) // 5 :].flat]  # the first steps would dominate the scale
       if policy == "none":
         axis.axhline(values[:, -1].mean(), color="black", linewidth=0.5, label="none, at the end")
@@ -281,14 +259,10 @@ def _plot_curves(runs: list, curves: dict, benchmarks: dict) -> Figure:
       title += f", {benchmarks[name]['questions']:,} questions"
       heights.append(chance)
       axis.axhline(chance, color="black", linewidth=1, linestyle=":")
-      axis.annotate(
-        "chance", (1, chance), (3, 0), axis.get_yaxis_transform(), "offset points",
-        va="center", fontsize=7, annotation_clip=False,
-      )  # fmt: skip
+      beside = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+      axis.text(1.01, chance, "chance", **beside)
     pad = 0.05 * np.ptp(heights) or 0.01
-    axis.set_ylim(min(heights) - pad, max(heights) + pad)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel("step")
+    axis.set(ylim=(min(heights) - pad, max(heights) + pad), title=title, xlabel="step")
     axis.set_ylabel("nats per token" if kind == "nll" else "accuracy")
   _legend(figure, axes[0][0], total - len(shown), "panels")
   return figure
@@ -298,7 +272,7 @@ def _legend(figure: Figure, axis: Axes, left_out: int = 0, things: str = "") -> 
   """Outside of the axes, with a note on the things that the figure leaves out."""
   note = f"{left_out} more {things} not shown: table.md has all results" if left_out else None
   entries, place = axis.get_legend_handles_labels(), "outside upper center"
-  figure.legend(*entries, title=note, fontsize=8, ncols=4, handlelength=4, loc=place)
+  figure.legend(*entries, title=note, ncols=4, handlelength=4, loc=place)
 
 
 def _plot_compute(models: dict) -> Figure:
@@ -307,21 +281,18 @@ def _plot_compute(models: dict) -> Figure:
   policies = [policy for policy in models[shown[0]] if policy != "none"]
   width = 0.8 / max(len(policies), 1)
   figure, axis = plt.subplots(figsize=(max(4.5, 1 + 0.3 * len(shown) * (len(policies) + 1)), 4))
+  above = dict(xytext=(0, 7), textcoords="offset points", ha="center", va="bottom", rotation=90)
   for k, policy in enumerate(policies):
     for i, model in enumerate(shown):
       fraction = models[model][policy]["metrics"]["nll/validation"]["compute_fraction"]
       x, label = i + (k - (len(policies) - 1) / 2) * width, policy if i == 0 else None
       height = np.nan if fraction is None else fraction
       axis.plot([x, x], [0, height], **STYLES[policy], markevery=[1], label=label)
-      axis.annotate(
-        _percent(fraction), (x, fraction or 0), (0, 7), textcoords="offset points",
-        ha="center", va="bottom", fontsize=7, rotation=90,
-      )  # fmt: skip
+      axis.annotate(_percent(fraction), (x, fraction or 0), fontsize=7, **above)
   axis.axhline(1, color="black", linewidth=0.7, linestyle=":")
   axis.set_xticks(range(len(shown)), shown)
-  axis.set_xlim(-0.5, len(shown) - 0.5)
   axis.margins(y=0.2)
-  axis.set_ylim(bottom=0)
+  axis.set(xlim=(-0.5, len(shown) - 0.5), ylim=(0, None))
   axis.set_ylabel("compute to reach the final loss of none", fontsize=9)
   _legend(figure, axis, len(models) - len(shown), "models")
   return figure
@@ -331,11 +302,8 @@ def _plot_sweep(sweep: dict, model: str) -> Figure:
   """Final NLL against the discard fraction (Fig. 4)."""
   figure, axis = plt.subplots(figsize=(4.5, 3.6))
   for name, style, color in (("selection", "o--", BLUE), ("validation", "s-", "black")):
-    rhos = sorted(sweep[name], key=float)
-    values = np.array([sweep[name][rho] for rho in rhos])
-    axis.plot(np.array(rhos, float), values.mean(1), style, color=color, label=name)
-  axis.set_xlabel("discard fraction")
-  axis.set_ylabel("nats per token at the end")
-  axis.set_title(model, fontsize=10)
+    points = sorted((float(rho), np.mean(values)) for rho, values in sweep[name].items())
+    axis.plot(*zip(*points, strict=True), style, color=color, label=name)
+  axis.set(xlabel="discard fraction", ylabel="nats per token at the end", title=model)
   _legend(figure, axis)
   return figure

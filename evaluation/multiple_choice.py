@@ -38,11 +38,18 @@ from absl import logging
 from corpus.documents import find_inputs, read_records
 from corpus.tokenizer import Tokenizer
 from kernels import score_weighted_loss
+from rating import pad_pieces
 from runtime import sharding
 from runtime.cli import UserError, check, one_line
 from transformer import Batch, Transformer, TransformerConfig, next_token_targets
 
-TASKS = ("hellaswag", "piqa", "arc_easy", "siqa", "csqa")
+TASKS = {  # task -> pattern of its usual file names
+  "hellaswag": r"hella_?swag",
+  "piqa": r"(?<![a-z])piqa|physical_?iqa",
+  "arc_easy": r"arc[-_]?easy",
+  "siqa": r"(?<![a-z])siqa|social_?i_?qa",
+  "csqa": r"csqa|commonsense_?qa",
+}
 
 LogProb = Callable[[Batch, np.ndarray], Any]  # (batch [B, S], counted [B, S]) -> [B] float32
 
@@ -66,16 +73,14 @@ def load_questions(task: str, source: str, limit: int | None = None) -> list[Que
   """
   check(task in TASKS, f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
   check(limit is None or limit >= 1, f"limit is {limit}: give 1 or more, or leave it out")
-  path = Path(source).expanduser()
+  path = Path(source).expanduser().absolute()
   if source.startswith("hf:"):
     name, config, split, *more = [*source.split(":")[1:], "", ""]
     paths = [":".join(["hf", name, config, split or "validation", *filter(None, more)])]
   elif path.is_dir() and not _is_saved(path):
     paths = _find(task, path)
-    check(
-      len(paths) > 0,
-      f"{source} holds no validation or test file named like {task}: name its file",
-    )
+    problem = f"{source} holds no validation or test file named like {task}"
+    check(len(paths) > 0, f"{problem}: name its file")
   else:
     paths = [str(path)]
 
@@ -90,11 +95,9 @@ def load_questions(task: str, source: str, limit: int | None = None) -> list[Que
     questions.append(question)
   answered = [question for question in questions if question.answer is not None]
   withheld = len(questions) - len(answered)
-  check(
-    len(answered) > 0,
-    f"{source} holds no answered question of {task} ({withheld} without an answer): give its "
-    "validation split, or put X-labels.lst next to X.jsonl",
-  )
+  problem = f"{source} holds no answered question of {task} ({withheld} without an answer)"
+  fix = "give its validation split, or put X-labels.lst next to X.jsonl"
+  check(len(answered) > 0, f"{problem}: {fix}")
   if withheld:
     logging.warning("%s: %d questions of %s have no answer: skipped", source, withheld, task)
   kept = len(answered) if limit is None else min(limit, len(answered))
@@ -103,7 +106,7 @@ def load_questions(task: str, source: str, limit: int | None = None) -> list[Que
 
 def load_all(source: str, limit: int | None = None) -> dict[str, list[Question]]:
   """The questions of every task that a folder holds; UserError if it holds none."""
-  folder, names = Path(source).expanduser(), ", ".join(TASKS)
+  folder, names = Path(source).expanduser().absolute(), ", ".join(TASKS)
   check(folder.is_dir(), f"{source} is no folder: give one that holds some of {names}")
   present = [task for task in TASKS if _find(task, folder)]
   check(len(present) > 0, f"{source} holds no validation or test file named like {names}")
@@ -167,9 +170,8 @@ def sequence_logprob(
   """(params of `transformer.language_model(config)`, batch, counted) -> [B] float32.
 
   Sums log P(token s + 1 | its document up to s) over the positions s that `counted` marks."""
-  forward = hk.without_apply_rng(
-    hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
-  )
+  model = hk.transform(lambda *batch: Transformer(config, causal=True)(*batch))
+  forward = hk.without_apply_rng(model)
   score_weighted = sharding.shard_loss(partial(score_weighted_loss, backend=loss_backend))
 
   def logprob(params, batch, counted_BS):
@@ -217,12 +219,10 @@ def _rows(questions: list[Question], tokenizer: Tokenizer, S: int) -> Iterator[_
 def _batch(rows: list[_Row], B: int, S: int, pad: int) -> tuple[Batch, np.ndarray]:
   """(batch, marks of the choices' tokens), its width S or a smaller power of two."""
   width = min(S, max(32, 1 << (max(len(row.tokens) for row in rows) - 1).bit_length()))
-  tokens, segments = np.full((B, width), pad, np.int32), np.zeros((B, width), np.int32)
   counted = np.zeros((B, width), bool)
   for b, row in enumerate(rows):
-    tokens[b, : len(row.tokens)], segments[b, : len(row.tokens)] = row.tokens, 1
     counted[b, row.first - 1 : len(row.tokens) - 1] = True
-  return Batch(tokens, segments), counted
+  return pad_pieces([(0, row.tokens) for row in rows], B, width, pad).batch, counted
 
 
 def _share_right(scores: np.ndarray, questions: list[Question]) -> float:
@@ -232,13 +232,6 @@ def _share_right(scores: np.ndarray, questions: list[Question]) -> float:
   return sum(b == q.answer for b, q in zip(best, questions, strict=True)) / len(questions)
 
 
-_NAMES = {
-  "hellaswag": r"hella_?swag",
-  "piqa": r"(?<![a-z])piqa|physical_?iqa",
-  "arc_easy": r"arc[-_]?easy",
-  "siqa": r"(?<![a-z])siqa|social_?i_?qa",
-  "csqa": r"csqa|commonsense_?qa",
-}
 _SPLITS = {  # word of a file's or folder's name -> its rank, the lowest first; 3 is never read
   **dict.fromkeys(("val", "valid", "validation", "dev"), 0),
   **dict.fromkeys(("test", "tests", "tst"), 1),
@@ -254,16 +247,15 @@ def _find(task: str, folder: Path) -> list[str]:
   paths += [p for p in folder.rglob("*") if _FILE.search(p.name) and p.name not in _NO_QUESTIONS]
   places = {path: path.relative_to(folder).as_posix().lower() for path in sorted(paths)}
   places = {path: place for path, place in places.items() if not re.search(r"(^|/)\.", place)}
-  named = {path: place for path, place in places.items() if re.search(_NAMES[task], place)}
-  if not named and re.search(_NAMES[task], folder.resolve().name.lower()):
+  named = {path: place for path, place in places.items() if re.search(TASKS[task], place)}
+  if not named and re.search(TASKS[task], folder.resolve().name.lower()):
     named = places
   ranks = {path: _rank(place) for path, place in named.items()}
   best = min(ranks.values(), default=3)
   files = [str(path) for path, rank in ranks.items() if rank == best < 3]
-  check(
-    len({re.sub(r"\d+", "", file) for file in files}) <= 1,  # shards differ by numbers alone
-    f"{folder} holds more than one file of {task} ({', '.join(files[:4])}): name one of them",
-  )
+  different = {re.sub(r"\d+", "", file) for file in files}  # shards differ by numbers alone
+  problem = f"{folder} holds more than one file of {task} ({', '.join(files[:4])})"
+  check(len(different) <= 1, f"{problem}: name one of them")
   return files
 
 
@@ -279,7 +271,7 @@ def _rank(place: str) -> int:
 
 def _is_saved(path: Path) -> bool:
   """Whether `Dataset.save_to_disk` wrote this folder."""
-  return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+  return all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def _records(path: str) -> Iterator[tuple[str, dict]]:
@@ -293,37 +285,25 @@ def _records(path: str) -> Iterator[tuple[str, dict]]:
       raise UserError(f"{path} cannot be read ({one_line(error)}): save it again") from None
     yield from ((f"{path}, record {number}", row) for number, row in enumerate(rows, 1))
     return
-  for item in find_inputs((path if path.startswith("hf:") else str(Path(path).absolute()),)):
-    records = read_records(item)
-    labels = Path(re.sub(_FILE, "-labels.lst", item.path))
-    if item.kind == "json" and labels.is_file():
-      records = _labeled(list(records), labels)
+  for item in find_inputs((path,)):
+    records = list(read_records(item))
+    labels, file = [None] * len(records), Path(re.sub(_FILE, "-labels.lst", item.path))
+    if item.kind == "json" and file.is_file():
+      labels = file.read_text("utf-8", "replace").split()
+    counts = f"{len(labels)} labels for {len(records)} records"
+    check(len(labels) == len(records), f"{file} has {counts}: fix it")
     unit = "line" if item.kind == "json" else "record"
-    for number, record in records:
+    for (number, record), label in zip(records, labels, strict=True):
       place = f"{item.path}, {unit} {number}"
       check(not isinstance(record, str), f"{place}: {record}")
-      yield place, record
-
-
-def _labeled(records: list[tuple[int, dict | str]], file: Path) -> list[tuple[int, dict | str]]:
-  """Records with the labels of a file of their own; a record's own label wins."""
-  labels = file.read_text("utf-8", "replace").split()
-  check(
-    len(records) == len(labels),
-    f"{file} has {len(labels)} labels for {len(records)} records: fix it",
-  )
-  return [
-    (number, record if isinstance(record, str) else {"label": label} | record)
-    for (number, record), label in zip(records, labels, strict=True)
-  ]
+      yield place, {"label": label} | record  # a record's own label wins
 
 
 def _hellaswag(record: dict) -> Question:
-  if "ctx_a" in record:
-    rest = _text(record, "ctx_b").capitalize() if record.get("ctx_b") else ""
-    context = f"{_text(record, 'ctx_a')} {rest}"
-  else:
-    context = _text(record, "ctx")
+  halves = "ctx_a" in record
+  context = _text(record, "ctx_a" if halves else "ctx")
+  if halves and record.get("ctx_b"):
+    context += f" {_text(record, 'ctx_b').capitalize()}"
   if record.get("activity_label"):
     context = f"{_text(record, 'activity_label')}: {context}"
   endings = _texts(record.get("endings"), "endings")
@@ -356,17 +336,12 @@ def _lettered(record: dict) -> Question:
     text, choices = _text(question, "stem"), question.get("choices")
   else:
     text, choices = _text(record, "question"), record.get("choices")
-  columns = {}
-  for key in ("text", "label"):
-    if isinstance(choices, list):
-      column = [choice.get(key) if isinstance(choice, dict) else None for choice in choices]
-    else:
-      column = choices.get(key) if isinstance(choices, dict) else None
-    columns[key] = _texts(column, f"choices.{key}")
-  check(
-    len(columns["text"]) == len(columns["label"]), "choices.text and choices.label differ in length"
-  )
-  return _asked(text, columns["text"], record.get("answerKey"), columns["label"])
+  if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+    choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+  columns = choices if isinstance(choices, dict) else {}
+  texts, labels = (_texts(columns.get(key), f"choices.{key}") for key in ("text", "label"))
+  check(len(texts) == len(labels), "choices.text and choices.label differ in length")
+  return _asked(text, texts, record.get("answerKey"), labels)
 
 
 _READERS = dict(hellaswag=_hellaswag, piqa=_piqa, arc_easy=_lettered, siqa=_siqa, csqa=_lettered)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-import selection
 import transformer
 from config import Config as RaterConfig
 from config import make_rater
@@ -17,68 +17,47 @@ from evaluation.multiple_choice import TASKS
 from kernels.loss import BACKENDS
 from rating import rater_config
 from runtime.cli import check, check_fields, option
+from selection import PERPLEXITY, POLICIES
+from transformer import ATTENTION, TransformerConfig
+
+SIZES = tuple(transformer.PRESETS)
+_AS_RATER = "as in train.py; default the rater's"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """All that determines the results. Every field is a flag."""
 
-  rater: str = option(
-    "", "workdir of the trained rater, its data and tokenizer (required)", section="Corpus"
-  )
-  data: tuple[str, ...] = option((), "as in train.py; default the rater's")
-  outer_data: tuple[str, ...] = option((), "as in train.py; default the rater's")
-  text_field: str | None = option(None, "as in train.py; default the rater's")
-  source_field: str | None = option(None, "as in train.py; default the rater's")
-  noise_field: str | None = option(None, "as in train.py; default the rater's")
-  max_documents: int | None = option(None, "as in train.py; default the rater's", at_least=1)
+  rater: str = option("", "workdir of the trained rater (required)", section="Corpus")
+  data: tuple[str, ...] = option((), _AS_RATER)
+  outer_data: tuple[str, ...] = option((), _AS_RATER)
+  text_field: str | None = option(None, _AS_RATER)
+  source_field: str | None = option(None, _AS_RATER)
+  noise_field: str | None = option(None, _AS_RATER)
+  max_documents: int | None = option(None, _AS_RATER, at_least=1)
 
-  models: tuple[str, ...] = option(
-    ("tiny",), "sizes of the models", choices=transformer.PRESETS, section="Comparison"
-  )
-  policies: tuple[str, ...] = option(
-    selection.POLICIES, "how training sequences are selected", choices=selection.POLICIES
-  )
-  discard: float = option(
-    0.5, "rho, share of a pool that every policy except none discards", at_least=0, below=1
-  )
+  models: tuple[str, ...] = option(("tiny",), "model sizes", choices=SIZES, section="Comparison")
+  policies: tuple[str, ...] = option(POLICIES, "how sequences are selected", choices=POLICIES)
+  discard: float = option(0.5, "rho, share of each pool that is discarded", at_least=0, below=1)
   sweep_discard: tuple[float, ...] = option(
-    (),
-    "values of rho to try with the smallest model; the best on `selection` replaces --discard",
-    at_least=0,
-    below=1,
+    (), "rhos to try with the smallest model; the best replaces --discard", at_least=0, below=1
   )
-  seeds: tuple[int, ...] = option(
-    (0, 1, 2), "seeds of parameters and order; every policy is trained with each"
-  )
+  seeds: tuple[int, ...] = option((0, 1, 2), "seeds of parameters and order, for every policy")
   scorer: str | None = option(
-    None,
-    "size of the perplexity scorer; default the smallest of --models",
-    choices=transformer.PRESETS,
+    None, "size of the perplexity scorer; default the smallest of --models", choices=SIZES
   )
 
-  batch: int | None = option(
-    None,
-    "N, sequences of a batch; default by size",
-    at_least=1,
-    section="Training",
-  )
+  batch: int | None = option(None, "N sequences; default by size", at_least=1, section="Training")
   steps: int | None = option(
     None, "updates, rounded up to a multiple of --evaluations; default by size", at_least=1
   )
-  learning_rate: float | None = option(
-    None, "peak of the cosine schedule; default by size", at_least=0
-  )
-  dtype: str = option(
-    "float32", "type of activations and matmul inputs", choices=("float32", "bfloat16")
-  )
+  learning_rate: float | None = option(None, "peak of the schedule; default by size", at_least=0)
+  dtype: str = option("float32", "activations and matmul inputs", choices=("float32", "bfloat16"))
   loss_backend: str = option("xla", "kernels of the fused loss", choices=BACKENDS)
-  attention_backend: str = option("xla", "kernels of attention", choices=transformer.ATTENTION)
+  attention_backend: str = option("xla", "kernels of attention", choices=ATTENTION)
 
   evaluations: int = option(20, "points of a learning curve", at_least=1, section="Measurement")
-  eval_sequences: int = option(
-    256, "sequences of an evaluation set at most, evenly spaced", at_least=1
-  )
+  eval_sequences: int = option(256, "sequences of a set at most, evenly spaced", at_least=1)
   eval_data: tuple[str, ...] = option((), "more texts for NLL, as in --data; each is a set")
   benchmarks: tuple[str, ...] = option(
     (), f"folder of multiple-choice tasks, TASK=FILE or TASK=hf:NAME ({', '.join(TASKS)})"
@@ -118,12 +97,8 @@ def sweep_runs(config: Config) -> list[Run]:
 
 
 def main_runs(config: Config, discard: float) -> list[Run]:
-  return [
-    Run(model, policy, 0.0 if policy == "none" else discard, seed)
-    for model in config.models
-    for policy in config.policies
-    for seed in config.seeds
-  ]
+  runs = itertools.product(config.models, config.policies, config.seeds)
+  return [Run(m, policy, 0.0 if policy == "none" else discard, seed) for m, policy, seed in runs]
 
 
 def scorer_run(config: Config) -> Run:
@@ -134,66 +109,53 @@ def scorer_run(config: Config) -> Run:
 def costs(config: Config) -> compare.Costs:
   """Parameters, updates and batch of each size."""
   settings = rater_settings(config)
-  vocab_size = load_tokenizer(settings.tokenizer).vocab_size
+  S, vocab_size = settings.sequence_length, load_tokenizer(settings.tokenizer).vocab_size
 
   def count(init):
     return transformer.parameter_count(jax.eval_shape(init, jax.random.PRNGKey(0)))
 
   sizes = {*config.models, config.scorer} - {None}
   parameters = {size: count(language_model(config, size, vocab_size).init) for size in sizes}
-  overrides = {name: getattr(config, name) for name in pretrain.Recipe._fields}
-  recipes = {
-    size: pretrain.RECIPES[size].scaled(n, settings.sequence_length, **overrides)
-    for size, n in parameters.items()
-  }
+  given = {name: getattr(config, name) for name in pretrain.Recipe._fields}
+  recipes = {size: pretrain.RECIPES[size].scaled(n, S, **given) for size, n in parameters.items()}
   rater = count(make_rater(settings, vocab_size).init)
   scorer = config.scorer or min(config.models, key=parameters.get)
-  return compare.Costs(parameters, rater, scorer, recipes, settings.sequence_length)
+  return compare.Costs(parameters, rater, scorer, recipes, S)
 
 
 def rater_settings(config: Config) -> RaterConfig:
   """The rater's own configuration, with the corpus of --data if one is named."""
-  settings = rater_config(config.rater)
   names = ("data", "outer_data", "text_field", "source_field", "noise_field", "max_documents")
-  changes = {name: getattr(config, name) for name in names}
-  changes = {name: value for name, value in changes.items() if value not in (None, ())}
+  changes = {name: getattr(config, name) for name in names if getattr(config, name)}
   if "data" in changes:
     changes = {"outer_data": (), "max_documents": None} | changes
-  return dataclasses.replace(settings, **changes)
+  return dataclasses.replace(rater_config(config.rater), **changes)
 
 
 def plan_text(config: Config) -> str:
   """Describes the runs and their FLOPs: 6 N D for training, 2 N per token rated."""
-  c = costs(config)
+  c, total, kinds = costs(config), 0, {}
   lines = [f"rater: {c.rater:,} parameters; perplexity scorer {c.scorer}"]
   lines.append(f"{'model':6} {'policy':12} {'rho':>5} {'runs':>4} {'steps':>7} {'TFLOP each':>11}")
   runs = [*sweep_runs(config), *main_runs(config, config.discard)]
-  if set(config.policies) & set(selection.PERPLEXITY):
+  if set(config.policies) & set(PERPLEXITY):
     runs.append(scorer_run(config))
-  kinds = {}
   for run in dict.fromkeys(runs):
     kinds.setdefault(run[:3], []).append(run)
-  total = 0
   for (model, policy, rho), members in kinds.items():
-    flops = c.flops(model, policy, rho)
-    total += flops * len(members)
-    recipe = c.recipes[model]
-    lines.append(
-      f"{model:6} {policy:12} {rho:5.2f} {len(members):4} {recipe.steps:7,} {flops / 1e12:11.4g}"
-    )
-  tokens = {m: r.steps * r.batch * c.sequence_length for m, r in c.recipes.items()}
-  seen = ", ".join(
-    f"{m} {t:,} ({t / c.parameters[m]:.1f} per parameter)" for m, t in tokens.items()
-  )
-  lines.append(f"tokens seen by each model: {seen}")
+    flops, n, steps = c.flops(model, policy, rho), len(members), c.recipes[model].steps
+    total += flops * n
+    lines.append(f"{model:6} {policy:12} {rho:5.2f} {n:4} {steps:7,} {flops / 1e12:11.4g}")
+  tokens = {model: c.tokens(model) for model in c.recipes}
+  seen = (f"{m} {t:,} ({t / c.parameters[m]:.1f} per parameter)" for m, t in tokens.items())
+  lines.append(f"tokens seen by each model: {', '.join(seen)}")
   note = " with --discard; the sweep may choose another rho" if config.sweep_discard else ""
   return "\n".join([*lines, f"in all {total / 1e12:.4g} TFLOP{note}"])
 
 
-def model_config(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
-  return transformer.preset(
-    size, vocab_size, dtype=config.dtype, attention_backend=config.attention_backend
-  )
+def model_config(config: Config, size: str, vocab_size: int) -> TransformerConfig:
+  how = dict(dtype=config.dtype, attention_backend=config.attention_backend)
+  return transformer.preset(size, vocab_size, **how)
 
 
 @functools.cache  # equal models share their compiled programs

@@ -88,35 +88,31 @@ def pretrain(
   start, per_call = int(state.step), recipe.steps_per_call
   curve = Metrics(folder / "curve.jsonl" if hosts.is_leader() else None, start)
   batches = batches_from(start // per_call)
-  bar = tqdm.tqdm(
-    total=recipe.steps, initial=start, unit="step", desc=folder.name, disable=not progress
-  )
-  stop, saved, losses = StopSignal(), time.monotonic(), []
-  for step in range(start + per_call, recipe.steps + 1, per_call):
-    batch = sharding.shard(next(batches), None, "data")
-    state, losses_C = train_steps(model, recipe, state, batch)
-    losses.append(losses_C)
-    bar.update(per_call)
-    if step % (recipe.steps // recipe.evaluations):
-      continue
-    loss = float(np.mean(losses))
-    if not np.isfinite(loss):
-      bar.close()
-    check(np.isfinite(loss), f"{folder.name} diverged before step {step}: lower --learning_rate")
-    curve.append({"step": step, "train": loss} | measure(state.params))
-    losses.clear()
-    bar.set_postfix_str(f"train {loss:.3f}")
-    stopping = hosts.any_host(stop.requested)
-    if step == recipe.steps or stopping or hosts.as_leader(time.monotonic() > saved + 60):
-      checkpoints.save(step, state)
-      saved = time.monotonic()
-    if stopping and step < recipe.steps:
-      bar.close()
-      checkpoints.close()
-      hosts.say(f"stopped: checkpoint written after step {step}; start again to resume")
-      raise SystemExit(0)
-  bar.close()
+  stop, saved, losses, step = StopSignal(), time.monotonic(), [], start
+  shown = dict(total=recipe.steps, unit="step", desc=folder.name, disable=not progress)
+  with tqdm.tqdm(initial=start, **shown) as bar:
+    for step in range(start + per_call, recipe.steps + 1, per_call):
+      batch = sharding.shard(next(batches), None, "data")
+      state, losses_C = train_steps(model, recipe, state, batch)
+      losses.append(losses_C)
+      bar.update(per_call)
+      if step % (recipe.steps // recipe.evaluations):
+        continue
+      loss = float(np.mean(losses))
+      check(np.isfinite(loss), f"{folder.name} diverged before step {step}: lower --learning_rate")
+      curve.append({"step": step, "train": loss} | measure(state.params))
+      losses.clear()
+      bar.set_postfix_str(f"train {loss:.3f}")
+      stopping = hosts.any_host(stop.requested)
+      if step == recipe.steps or stopping or hosts.as_leader(time.monotonic() > saved + 60):
+        checkpoints.save(step, state)
+        saved = time.monotonic()
+      if stopping:
+        break
   checkpoints.close()
+  if step < recipe.steps:
+    hosts.say(f"stopped: checkpoint written after step {step}; start again to resume")
+    raise SystemExit(0)
   stop.close()
   if hosts.is_leader():
     (folder / "done").touch()

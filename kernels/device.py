@@ -27,7 +27,7 @@ TPUS = {
   "TPU v6 lite": Tpu(128 << 20, 1),
   "TPU v5": Tpu(64 << 20, 2),
   "TPU v4": Tpu(16 << 20, 2),
-  "TPU": Tpu(64 << 20, 1),
+  "": Tpu(64 << 20, 1),
 }
 SHARED_BYTES = {"NVIDIA H": 227 << 10, "NVIDIA A100": 163 << 10, "": 99 << 10}  # per GPU block
 
@@ -80,3 +80,12 @@ def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
   return jax.lax.dot_general(
     a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
   )
+
+
+def matmul_tangent(a, a_t, b, b_t, contracted: tuple[int, int], total=None):
+  """The product rule, added to a total: total + a' b + a b'. A zero total or tangent is None."""
+  for x, y in ((a_t, b), (a, b_t)):
+    if x is not None and y is not None:
+      product = dot(x, y, contracted)
+      total = product if total is None else total + product
+  return total

@@ -15,8 +15,8 @@ from jax.interpreters import ad, batching, mlir
 
 
 class Operation(NamedTuple):
-  """Each callable takes (static, arrays): a hashable configuration and a tuple of arrays, some of
-  which may be None. Results are tuples of arrays.
+  """Each callable takes (static, arrays): a hashable configuration and a tree of arrays. Results
+  are tuples of arrays.
 
   Values and tangents are separate calls: JAX drops the values where nobody reads them (an HVP reads
   none), and `jax.linearize` computes them first.
@@ -26,23 +26,16 @@ class Operation(NamedTuple):
   apply: Callable  # (static, arrays) -> results
   # (static, arrays, results, tangents) -> tangents of the results. A zero tangent is None.
   jvp: Callable | None = None
-  # (static, first n arrays, cotangents) -> cotangents of the rest, in which `apply` is linear
+  # (static, x, cotangents) -> cotangents of t: arrays are a pair (x, t), and `apply` is linear in t
   transpose: Callable | None = None
   in_turn: bool = False  # under vmap, members run one after another: each fills the device
 
-  def __call__(self, static: Any, arrays: tuple, n: int = 0) -> tuple:
-    given = tuple(x is not None for x in arrays)
-    present = [x for x in arrays if x is not None]
+  def __call__(self, static: Any, arrays: Any) -> tuple:
+    leaves, tree = jax.tree.flatten(arrays)
     # Traced here rather than at lowering: under the caller's mesh and for its device.
-    jaxpr = jax.make_jaxpr(lambda *present: self.apply(static, _restore(present, given)))(*present)
-    params = dict(jaxpr=jaxpr, operation=self, static=static, given=given, n=n)
-    return tuple(_operation_p.bind(*present, **params))
-
-
-def _restore(present, given):
-  """The tuple of arrays, with None where `given` is False."""
-  present = iter(present)
-  return tuple(next(present) if is_given else None for is_given in given)
+    apply = lambda *leaves: self.apply(static, tree.unflatten(leaves))
+    jaxpr = jax.make_jaxpr(apply)(*leaves)
+    return tuple(_operation_p.bind(*leaves, jaxpr=jaxpr, operation=self, static=static, tree=tree))
 
 
 def _evaluate(*arrays, jaxpr, **_):
@@ -50,45 +43,40 @@ def _evaluate(*arrays, jaxpr, **_):
 
 
 def _jvp(arrays, tangents, **params):
-  operation, static, given = (params[key] for key in ("operation", "static", "given"))
+  operation, static, tree = (params[key] for key in ("operation", "static", "tree"))
   if operation.jvp is None:
     raise NotImplementedError(f"{operation.name} has no forward derivative")
   results = _operation_p.bind(*arrays, **params)
-  tangents = [None if isinstance(t, ad.Zero) else t for t in tangents]
-  tangents = operation.jvp(static, _restore(arrays, given), results, _restore(tangents, given))
+  tangents = tree.unflatten([None if isinstance(t, ad.Zero) else t for t in tangents])
+  tangents = operation.jvp(static, tree.unflatten(arrays), results, tangents)
   zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
   return results, [zero(x) if t is None else t for x, t in zip(results, tangents, strict=True)]
 
 
-def _transpose(cotangents, *arrays, operation, static, given, n, jaxpr):
-  arrays = _restore(arrays, given)
-  if operation.transpose is None or any(map(ad.is_undefined_primal, arrays[:n])):
+def _transpose(cotangents, *arrays, operation, static, tree, jaxpr):
+  x = tree.unflatten(arrays)[0] if operation.transpose else arrays
+  leaves = jax.tree.leaves(x, is_leaf=ad.is_undefined_primal)
+  if operation.transpose is None or any(map(ad.is_undefined_primal, leaves)):
     raise NotImplementedError(
       f"{operation.name} is for forward over reverse (jax.jvp of jax.grad), not for reverse mode "
       "twice (jax.grad of jax.grad): use the 'xla' backend"
     )
   cotangents = tuple(map(ad.instantiate_zeros, cotangents))
-  return [None] * n + list(operation.transpose(static, arrays[:n], cotangents))
+  return [None] * len(leaves) + jax.tree.leaves(operation.transpose(static, x, cotangents))
 
 
 def _batch(arrays, axes, **params):
-  operation, static, given = (params[key] for key in ("operation", "static", "given"))
+  operation, static, tree = (params[key] for key in ("operation", "static", "tree"))
+  pairs = list(zip(arrays, axes, strict=True))
+  mapped = [None if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in pairs]
   if operation.in_turn:
-    shared = [x if axis is None else None for x, axis in zip(arrays, axes, strict=True)]
-    members = [
-      None if axis is None else jnp.moveaxis(x, axis, 0)
-      for x, axis in zip(arrays, axes, strict=True)
-    ]
-    pick = lambda own, common: common if own is None else own
-    one = lambda member: _operation_p.bind(*map(pick, member, shared), **params)
-    results = jax.lax.map(one, members)
+    pick = lambda own, shared: shared if own is None else own
+    one = lambda member: _operation_p.bind(*map(pick, member, arrays), **params)
+    results = jax.lax.map(one, mapped)
   else:
-    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
-    front = lambda x, axis: (
-      jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-    )
-    arrays = _restore(map(front, arrays, axes), given)
-    results = _over_batch(operation)(static, arrays, params["n"])
+    size = next(len(x) for x in mapped if x is not None)
+    copy = lambda own, x: jnp.broadcast_to(x, (size, *x.shape)) if own is None else own
+    results = _over_batch(operation)(static, tree.unflatten(map(copy, mapped, arrays)))
   return results, [0] * len(results)
 
 

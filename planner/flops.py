@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from transformer import TransformerConfig
@@ -22,7 +22,7 @@ class Flops(NamedTuple):
   matmuls: float = 0.0  # matmuls and convolutions, 2 per multiply-add, recomputed ones included
   recomputed: float = 0.0  # the part of them that remat repeats in a backward pass
   elementwise: float = 0.0  # 1 per result, or per input of a reduction
-  unknown_loops: int = 0  # loops whose trip count the jaxpr does not tell, counted once
+  unknown_loops: int = 0  # while loops, counted once; a loop of static bounds is a scan
 
   def __add__(self, other):
     return Flops(*map(sum, zip(self, other, strict=True)))
@@ -41,22 +41,20 @@ def count(function: Callable, *args: Any, estimates: bool = True) -> Flops:
   return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, estimates)
 
 
-def count_jaxpr(jaxpr: jax.extend.core.Jaxpr, estimates: bool = True) -> Flops:
+def count_jaxpr(jaxpr: Jaxpr, estimates: bool = True) -> Flops:
   return _count(operations(jaxpr, estimates))
 
 
-def operations(
-  jaxpr: jax.extend.core.Jaxpr, estimates: bool = True
-) -> Iterator[tuple[jax.extend.core.JaxprEqn, float, bool]]:
+def operations(jaxpr: Jaxpr, estimates: bool = True) -> Iterator[tuple[JaxprEqn, float, bool]]:
   """Yields (equation, how often all devices run it, whether remat repeats it) of a whole program.
 
   Dead code is eliminated first, as XLA does. Calls and loops are resolved, and the most expensive
-  branch is taken. A loop of unknown length is counted once, and is yielded itself too.
+  branch is taken. A while loop, of unknown length, is counted once, and is yielded itself too.
   """
   return _walk(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], estimates, 1.0, False)
 
 
-def matmul_flops(equation: jax.extend.core.JaxprEqn) -> float | None:
+def matmul_flops(equation: JaxprEqn) -> float | None:
   """FLOPs of a matmul or convolution, or a kernel's estimate; None for other operations."""
   name, params = equation.primitive.name, equation.params
   if name == "pallas_call":
@@ -148,16 +146,13 @@ def _walk(jaxpr, estimates, times, recomputing):
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
     again = recomputing or "rematted_computation" in str(equation.source_info.name_stack)
-    inner, repeats = list(jax.extend.core.jaxprs_in_params(params)), 1
+    inner, repeats = list(jaxprs_in_params(params)), 1
     if name.startswith((*_REDUCTIONS, "sort", "select_and")):
       inner = []  # their jaxpr takes a pair of numbers
     elif name == "scan":
       repeats = params["length"]
     elif name == "while":
-      repeats = _trip_count(equation)
-      if repeats is None:
-        yield equation, times, again
-        repeats = 1
+      yield equation, times, again
     elif name == "cond":
       cost = lambda branch: sum(_count(_walk(branch, estimates, 1.0, False))[::2])
       inner = [max(inner, key=cost)]
@@ -172,24 +167,3 @@ def _walk(jaxpr, estimates, times, recomputing):
       yield equation, times, again
     for body in inner:
       yield from _walk(body, estimates, times * repeats, again)
-
-
-def _trip_count(equation):
-  """Of a loop that counts up by one to a bound, both known integers; otherwise None."""
-  condition, body = equation.params["cond_jaxpr"].jaxpr, equation.params["body_jaxpr"].jaxpr
-  n_cond, n_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
-  value = lambda v: int(v.val) if isinstance(v, jax.extend.core.Literal) else None
-  if len(condition.eqns) != 1 or condition.eqns[0].primitive.name != "lt":
-    return None
-  counter, bound = condition.eqns[0].invars
-  if counter not in condition.invars[n_cond:]:
-    return None
-  i = condition.invars[n_cond:].index(counter)
-  if bound in condition.invars[:n_cond]:
-    bound = equation.invars[condition.invars.index(bound)]
-  step = [e for e in body.eqns if body.outvars[i] in e.outvars]
-  counts = step and step[0].primitive.name == "add" and body.invars[n_body + i] in step[0].invars
-  if not counts or 1 not in map(value, step[0].invars):
-    return None
-  start, stop = value(equation.invars[n_cond + n_body + i]), value(bound)
-  return None if start is None or stop is None else max(stop - start, 0)

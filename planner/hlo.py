@@ -21,11 +21,11 @@ class Collective(NamedTuple):
 
   kind: str  # in COLLECTIVES
   bytes: float  # per device and execution: a gather's result, the operands of others
-  times: float  # executions in one run of the module
+  times: float  # executions
 
 
 class Traffic(NamedTuple):
-  bytes: float  # that one run of the module reads from and writes to a device's memory
+  bytes: float  # read from and written to a device's memory
   collectives: list[Collective]
   unknown_loops: int  # loops whose trip count the text does not tell, counted once
 
@@ -39,15 +39,15 @@ class _Instruction(NamedTuple):
   root: bool
 
 
-def traffic(text: str) -> Traffic:
-  """Traffic of one device, from the text of a compiled, partitioned module.
+def traffic(text: str, runs: float = 1.0) -> Traffic:
+  """Traffic of one device in `runs` of a compiled, partitioned module, from its text.
 
   A fusion reads its operands, or only their slices; it writes its results, or only the updated
   part. On-chip memory (VMEM of TPUs) is free.
   """
   computations, entry = _parse(text)
   total, unknown = 0.0, 0
-  found: dict[str, Collective] = {}
+  found = {}
 
   def visit(name, times, fused):
     nonlocal total, unknown
@@ -73,12 +73,12 @@ def traffic(text: str) -> Traffic:
         if called in computations:
           visit(called, times, fused or i.opcode == "fusion")
 
-  visit(entry, 1.0, False)
+  visit(entry, runs, False)
   return Traffic(total, list(found.values()), unknown)
 
 
 def by_kind(collectives: list[Collective]) -> dict[str, tuple[float, float]]:
-  """Kind -> (exchanges, bytes per device) of one run of the module."""
+  """Kind -> (exchanges, bytes per device)."""
   sums = defaultdict(lambda: (0.0, 0.0))
   for c in collectives:
     times, size = sums[c.kind]
@@ -94,23 +94,21 @@ def _parse(text):
     if header:
       current = computations[header[2]] = {}
       entry = header[2] if header[1] else entry
-    elif current is not None and (match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)):
-      root, name, rest = match.groups()
-      end = _closing(rest, 1) + 1 if rest.startswith("(") else rest.find(" ")
-      kind, (opcode, _, rest) = rest[:end], rest[end:].partition("(")
-      operands = re.findall(r"%([\w.\-]+)", rest[: _closing(rest)])
-      current[name] = _Instruction(name, kind, opcode.strip(), operands, rest, bool(root))
+    elif match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)", line):
+      root, name, kind, opcode, rest = match.groups()
+      current[name] = _Instruction(name, kind, opcode, _operands(rest), rest, bool(root))
   return computations, entry
 
 
-def _closing(text, start=0):
-  """Index of the parenthesis that closes one opened before `start`."""
-  depth = 1
-  for match in re.compile(r"[()]").finditer(text, start):
-    depth += 1 if match[0] == "(" else -1
+def _operands(rest):
+  """The names before the parenthesis that closes the list of operands."""
+  depth, names = 1, []
+  for found in re.finditer(r"[()]|%([\w.\-]+)", rest):
+    names += filter(None, found.groups())
+    depth += {"(": 1, ")": -1}.get(found[0], 0)
     if depth == 0:
-      return match.start()
-  return len(text)
+      break
+  return names
 
 
 def _size(kind, on_chip=False):
@@ -129,10 +127,8 @@ def _called(instruction, attribute):
 
 
 def _branches(instruction):
-  listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
-  names = listed[1].split(",") if listed else []
-  names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
-  return [name.strip().lstrip("%") for name in names]
+  lists = re.findall(r"(?:branch|true|false)_computations?=(\{[^}]*\}|[^,\s]+)", instruction.rest)
+  return re.findall(r"[\w.\-]+", " ".join(lists))
 
 
 def _trip_count(loop, computations):
@@ -177,11 +173,9 @@ def _bytes_moved(i, instructions, computations):
 def _fusion_reads(fusion, instructions, fused):
   parameters = [i for i in fused.values() if i.opcode == "parameter"]
   parameters.sort(key=lambda p: int(p.rest.split(")")[0]))
-  total = 0.0
-  for operand, parameter in zip(fusion.operands, parameters, strict=False):
-    whole = _size(instructions[operand].type) if operand in instructions else 0
-    total += min(whole, _part_read(parameter.name, fused)) if whole else 0
-  return total
+  whole = [_size(instructions[o].type) if o in instructions else 0 for o in fusion.operands]
+  parts = [_part_read(p.name, fused) for p in parameters]
+  return sum(map(min, whole, parts))
 
 
 def _part_read(name, fused):
@@ -192,12 +186,10 @@ def _part_read(name, fused):
       continue
     if user.opcode in _SLICES and user.operands[0] == name:
       total += _size(user.type, True)
-    elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-      continue  # in place: the rest is not touched
     elif user.opcode in ("bitcast", "get-tuple-element", "transpose", "reshape", "copy"):
       total += _part_read(user.name, fused)
-    else:
-      return math.inf
+    elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+      return math.inf  # an update is in place: the rest of its first operand is not touched
   return total
 
 
@@ -206,9 +198,9 @@ def _fusion_writes(fused):
   outputs = [fused[o] for o in root.operands] if root.opcode == "tuple" else [root]
   total = 0.0
   for output in outputs:
-    written = output
+    written, size = output, _size(output.type)
     while written.opcode in ("bitcast", "copy", "convert") and written.operands[0] in fused:
       written = fused[written.operands[0]]
-    in_place = written.opcode == "dynamic-update-slice" and _size(output.type)
-    total += _size(fused[written.operands[1]].type, True) if in_place else _size(output.type)
+    in_place = written.opcode == "dynamic-update-slice" and size
+    total += _size(fused[written.operands[1]].type, True) if in_place else size
   return total

@@ -13,12 +13,31 @@ from jax.sharding import SingleDeviceSharding
 
 import config as settings
 import transformer
-from config import Config
+from config import PRESETS, Config
 from corpus.tokenizer import load_tokenizer
 from planner import flops, hlo, targets
 from runtime import sharding
+from runtime.cli import check, check_fields, option
 
 MICROBATCHES = (2, 4, 8, 16, 32, 64, 128)  # tried in turn if a program does not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Flags of the planner itself."""
+
+  target: str | None = option(
+    None, "v5e, v5p or v6e, with a topology as in v5p:4x4x4; or h100", section="Target"
+  )
+  mesh: str | None = option(None, "population=N,data=M: how devices share the work; default all")
+  preset: str = option("paper", "defaults of the flags below; demo's are shown", choices=PRESETS)
+  vocabulary: int | None = option(
+    None, "V; default 32,000, or that of --tokenizer=bytes", at_least=1
+  )
+  step_time: float | None = option(None, "seconds of a measured meta-step: reports its utilization")
+  utilization: float = option(0.4, "share of the peak assumed for chip-hours", at_least=0)
+  search: bool = option(True, "try other flags if the program does not fit")
+  __post_init__ = check_fields
 
 
 class Compiled(NamedTuple):
@@ -37,36 +56,25 @@ class Compiled(NamedTuple):
   refusal: str = ""  # the compiler's error if the program does not fit
 
 
-def plan(
-  config: Config,
-  target: str,
-  spec: str | None = None,
-  vocabulary: int | None = None,
-  step_time: float | None = None,
-  utilization: float = 0.4,
-  search: bool = True,
-  given: dict[str, Any] | None = None,
-) -> None:
+def plan(config: Config, options: Target, given: dict[str, Any]) -> None:
   """Prints the report; if the program does not fit, tries other flags and prints their reports.
 
   Args:
-    spec: the mesh, as in --mesh.
-    vocabulary: V; default 32,000, or that of --tokenizer=bytes.
-    given: the flags of the command line, to print with each report.
+    given: the flags of the run on the command line, to print with each report.
   """
   jax.config.update("jax_platforms", "cpu")
-  vocabulary = vocabulary or (
-    load_tokenizer("bytes").vocab_size if config.tokenizer == "bytes" else 32_000
-  )
-  tried = [({}, target, spec)]
-  if search:
-    shards = settings.make_mesh(config, spec, targets.devices(target)).shape["data"]
-    tried += alternatives(config, target, spec, shards)
+  o, tried = options, [({}, options.target, options.mesh)]
+  check(o.target is not None, "name the hardware with --target: v5p:4x4x4, v5e:8x8, h100, ...")
+  default = load_tokenizer("bytes").vocab_size if config.tokenizer == "bytes" else 32_000
+  vocabulary = o.vocabulary or default
+  if o.search:
+    mesh = settings.make_mesh(config, o.mesh, targets.devices(o.target))
+    tried += alternatives(config, o.target, o.mesh, mesh.shape["data"])
   for changes, target, spec in tried:
-    print(f"$ {command((given or {}) | changes, target, spec)}", flush=True)
+    print(f"$ {command(given | changes, target, spec)}", flush=True)
     changed = dataclasses.replace(config, **changes)
     compiled = compile_run(changed, target, spec, vocabulary)
-    print(report(changed, target, vocabulary, compiled, step_time, utilization))
+    print(report(changed, target, vocabulary, compiled, o.step_time, o.utilization))
     if compiled.fits:
       return
     print(flush=True)
@@ -117,7 +125,7 @@ def compile_run(config: Config, target: str, spec: str | None, vocabulary: int) 
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   peak = arguments + outputs + temp
-  traffic = _of_one_step(hlo.traffic(text), config.steps_per_call)
+  traffic = hlo.traffic(text, 1 / config.steps_per_call)
   estimate = (compiled.cost_analysis() or {}).get("optimal_seconds")
   fits = peak <= chip.memory
   return Compiled(mesh.size, fits, peak, work, seconds, arguments, outputs, temp, traffic, estimate)
@@ -132,71 +140,66 @@ def report(
   utilization: float = 0.4,
 ) -> str:
   """Describes a compiled program, as text."""
-  chip, n, c = targets.chip(target), compiled.devices, compiled
+  chip, n, c, work = targets.chip(target), compiled.devices, compiled, compiled.work
   least, members = minimum(config, vocabulary), config.drawn_members
   mixed, once = members * least.total, members * (least.total - least.kept)
-  matmuls = c.work.matmuls - c.work.recomputed
+  matmuls = work.matmuls - work.recomputed
+  row = lambda label, text: f"  {label:22s} {text}"
   giga = lambda x: f"{x / 1e9:.2f} GB"
   loops = lambda count: f" ({count} loops of unknown length)" if count else ""
+  parts = f"arguments {giga(c.arguments)} + outputs {giga(c.outputs)} + temp {giga(c.temp)}"
+  ratios = f"{matmuls / mixed:.3f} of it, with remat {work.matmuls / mixed:.3f}"
+  seconds = lambda matmuls: f"{matmuls / n / chip.flops:.3g} s"
   lines = [
     f"{target}: {n} device{'s' * (n > 1)}; compiled in {c.seconds:.0f} s",
-    f"memory per device ({giga(chip.memory)}): "
-    + (
-      c.refusal
-      or f"arguments {giga(c.arguments)} + outputs {giga(c.outputs)} + temp {giga(c.temp)}; "
-      f"peak {giga(c.peak)}"
-    ),
+    f"memory per device ({giga(chip.memory)}): {c.refusal or f'{parts}; peak {giga(c.peak)}'}",
     "fits" if c.fits else "DOES NOT FIT",
     "",
     "one meta-step, all devices",
-    f"  matmuls                {matmuls:.4g} FLOPs",
-    f"  recomputed by remat    {c.work.recomputed:.4g} FLOPs",
-    f"  element-wise           {c.work.elementwise:.4g}{loops(c.work.unknown_loops)}",
-    f"  minimum of mode mixed  {mixed:.4g} FLOPs: the program's matmuls are "
-    f"{matmuls / mixed:.3f} of it, with remat {c.work.matmuls / mixed:.3f}",
-    *(f"    {name:20s} {members * x:.4g}" for name, x in least._asdict().items()),
-    f"  nothing computed twice {once:.4g} FLOPs (less `kept`)",
+    row("matmuls", f"{matmuls:.4g} FLOPs"),
+    row("recomputed by remat", f"{work.recomputed:.4g} FLOPs"),
+    row("element-wise", f"{work.elementwise:.4g}{loops(work.unknown_loops)}"),
+    row("minimum of mode mixed", f"{mixed:.4g} FLOPs: the program's matmuls are {ratios}"),
+    *(row(f"  {name}", f"{members * x:.4g}") for name, x in least._asdict().items()),
+    row("nothing computed twice", f"{once:.4g} FLOPs (less `kept`)"),
     "",
     "one meta-step, per device",
-    f"  least time by FLOPs    {c.work.matmuls / n / chip.flops:.3g} s at the chip's peak "
-    f"({once / n / chip.flops:.3g} s if nothing is computed twice)",
+    row(
+      "least time by FLOPs",
+      f"{seconds(work.matmuls)} at the chip's peak ({seconds(once)} if nothing is computed twice)",
+    ),
   ]
   if c.traffic:
-    lines.append(
-      f"  memory traffic         {giga(c.traffic.bytes)}: at least "
-      f"{c.traffic.bytes / chip.bandwidth:.3g} s{loops(c.traffic.unknown_loops)}"
-    )
+    least_time = f"at least {c.traffic.bytes / chip.bandwidth:.3g} s"
+    unknown = loops(c.traffic.unknown_loops)
+    lines.append(row("memory traffic", f"{giga(c.traffic.bytes)}: {least_time}{unknown}"))
     for kind, (times, size) in sorted(hlo.by_kind(c.traffic.collectives).items()):
-      lines.append(f"  {kind:22s} {giga(size)} in {times:.0f}")
+      lines.append(row(kind, f"{giga(size)} in {times:.0f}"))
   if c.estimate and c.estimate > 0:
-    lines.append(f"  compiler's estimate    {c.estimate:.3g} s, loop bodies counted once")
+    lines.append(row("compiler's estimate", f"{c.estimate:.3g} s, loop bodies counted once"))
   if step_time:
-    used = once / (n * chip.flops * step_time)
-    lines.append(f"  model FLOPs utilization {used:.1%} at {step_time:g} s (necessary FLOPs)")
-  K, S, T = config.meta_steps, config.sequence_length, config.inner_steps
+    used = f"{once / (n * chip.flops * step_time):.1%} at {step_time:g} s (necessary FLOPs)"
+    lines.append(row("model FLOPs utilization", used))
+  K, S = config.meta_steps, config.sequence_length
+  inner, outer = config.inner_steps * config.inner_batch, config.outer_batch
+  tokens = lambda sequences: f"{K * members * sequences * S:.4g}"
   hours = K * once / (utilization * chip.flops) / 3600
+  used = f"at {utilization:.0%} utilization ({hours / n:,.1f} h on {n})"
   lines += [
     "",
     f"the run, {K:,} meta-steps",
-    f"  tokens                 {K * members * T * config.inner_batch * S:.4g} inner, "
-    f"{K * members * config.outer_batch * S:.4g} outer",
-    f"  FLOPs                  {K * once:.4g} necessary, {K * c.work.matmuls:.4g} in all",
-    f"  chip-hours             {hours:,.3g} at {utilization:.0%} utilization "
-    f"({hours / n:,.1f} h on {n})",
+    row("tokens", f"{tokens(inner)} inner, {tokens(outer)} outer"),
+    row("FLOPs", f"{K * once:.4g} necessary, {K * work.matmuls:.4g} in all"),
+    row("chip-hours", f"{hours:,.3g} {used}"),
   ]
   return "\n".join(lines)
 
 
 def minimum(config: Config, vocabulary: int) -> flops.Minimum:
   """The fewest FLOPs of one member's meta-step."""
-  return flops.minimum(
-    transformer.preset(config.model, vocabulary),
-    transformer.preset(config.rater, vocabulary),
-    config.inner_steps,
-    config.inner_batch,
-    config.outer_batch,
-    config.sequence_length,
-  )
+  c = config
+  models = [transformer.preset(size, vocabulary) for size in (c.model, c.rater)]
+  return flops.minimum(*models, c.inner_steps, c.inner_batch, c.outer_batch, c.sequence_length)
 
 
 def alternatives(
@@ -227,8 +230,3 @@ def _refused(error, devices, work, seconds):
   used = re.search(r"\b([\d.]+)([KMGT])\b", error)
   peak = float(used[1]) * 1024.0 ** "_KMGT".index(used[2]) if used else math.nan
   return Compiled(devices, False, peak, work, seconds, refusal=error.splitlines()[0])
-
-
-def _of_one_step(traffic, steps):
-  collectives = [c._replace(times=c.times / steps) for c in traffic.collectives]
-  return traffic._replace(bytes=traffic.bytes / steps, collectives=collectives)

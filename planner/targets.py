@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import kernels.device
-from runtime.cli import check
+from runtime.cli import UserError, check, one_line
 
 
 class Chip(NamedTuple):
@@ -44,70 +44,47 @@ CHIPS = {
 }
 NAMES = tuple(CHIPS)
 
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+LIBTPU = {  # environment variables, for a machine without a TPU
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_MIN_LOG_LEVEL": "3",
 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""  # H100 SXM, from its datasheet
+
+H100 = pathlib.Path(__file__).with_name("h100.textproto")
 
 
 def chip(target: str) -> Chip:
-  """The chip of "v5e" or "v5e:8x8".
-
-  Raises:
-    UserError: no such chip.
-  """
+  """The chip of "v5e" or "v5e:8x8". Raises UserError if there is none."""
   name = target.split(":")[0]
-  check(
-    name in CHIPS,
-    f"--target={target} is unknown: a chip ({', '.join(CHIPS)}), with a TPU's topology v5e:8x8",
-  )
+  choices = f"a chip ({', '.join(CHIPS)}), with a TPU's topology v5e:8x8"
+  check(name in CHIPS, f"--target={target} is unknown: {choices}")
   return CHIPS[name]
 
 
 def devices(target: str) -> list[Any]:
-  """The devices of a target, for meshes and shardings.
-
-  Raises:
-    UserError: no such target, or its compiler is not installed.
-  """
+  """The devices of a target. Raises UserError if it does not exist or lacks its compiler."""
   name, _, topology = target.partition(":")
-  cuda = chip(target).platform == "cuda"
+  gpu = chip(target).platform == "cuda"
   _put_ptxas_on_path()
   has = importlib.util.find_spec
   check(
-    (has("jax_cuda13_plugin") and shutil.which("ptxas")) if cuda else has("libtpu"),
-    f"--target={target} needs {'jax-cuda13-plugin and ptxas' if cuda else 'libtpu'}: "
+    (has("jax_cuda13_plugin") and shutil.which("ptxas")) if gpu else has("libtpu"),
+    f"--target={target} needs {'jax-cuda13-plugin and ptxas' if gpu else 'libtpu'}: "
     "`make .venv-compile/ready` once, then .venv-compile/bin/python",
   )
-  if cuda:
+  if gpu:
     check(not topology, f"--target={target}: GPUs are planned one at a time: --target=h100")
-    return topologies.get_topology_desc(
-      platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H100
-    ).devices
-  for key, value in (
-    ("TPU_SKIP_MDS_QUERY", "1"),
-    ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-    ("TPU_WORKER_HOSTNAMES", "localhost"),
-    ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # several processes may compile at once
-    ("TPU_STDERR_LOG_LEVEL", "3"),
-    ("TPU_MIN_LOG_LEVEL", "3"),
-  ):
-    os.environ.setdefault(key, value)
+    options = dict(topology_name="1x1x1", topology="1x1x1", target_config=H100.read_text())
+    return topologies.get_topology_desc(platform="cuda", **options).devices
+  os.environ.update(LIBTPU | dict(os.environ))
   full = f"{name}:{topology or CHIPS[name].smallest}"
   try:
     found = topologies.get_topology_desc(full, platform="tpu").devices
-  except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
-    reason = str(error).splitlines()[0][:100]
-    check(False, f"--target={target} is unknown to libtpu: {reason}")
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    raise UserError(f"--target={target} is unknown to libtpu: {one_line(error)}") from None
   return found if topology else found[:1]
 
 
@@ -137,17 +114,14 @@ def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
 @contextlib.contextmanager
 def lowering_for(target: str):
   """Context in which kernels are traced for the target and its compiler."""
-  platform, kind = chip(target).platform, device(target).device_kind
-  with kernels.device.compile_for(kind), _abstract_device(platform, kind):
+  kind, lowering = device(target).device_kind, contextlib.nullcontext()
+  if chip(target).platform == "cuda" and jax.__version_info__ >= (0, 11):
+    # From then on, Triton kernels ask JAX which device they are lowered for.
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+    lowering = jax.sharding.use_abstract_mesh(mesh)
+  with kernels.device.compile_for(kind), lowering:
     yield
-
-
-def _abstract_device(platform, kind):
-  """From JAX 0.11 on, Triton kernels ask JAX which device they are lowered for."""
-  if platform != "cuda" or jax.__version_info__ < (0, 11):
-    return contextlib.nullcontext()
-  device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def _put_ptxas_on_path():

@@ -92,7 +92,7 @@ def from_values(settings: type[Settings], values: Mapping[str, Any]) -> Settings
       return v
     kind = next((k for k in (float, int) if f"tuple[{k.__name__}" in types[name]), str)
     try:
-      return tuple(kind(x) for x in v)
+      return tuple(map(kind, v))
     except ValueError:
       raise UserError(f"--{name}={_shown(v)} is not a list of numbers") from None
 
@@ -142,20 +142,10 @@ def help_text(description: str, settings: Iterable[type]) -> str:
 def _define_flags(settings: type) -> None:
   """A flag for each field, of its type. The flag's default is None, so that `given` can tell which
   flags the command line has."""
-  defines = {
-    "tuple": flags.DEFINE_list,
-    "bool": flags.DEFINE_boolean,
-    "int": flags.DEFINE_integer,
-    "float": flags.DEFINE_float,
-    "str": flags.DEFINE_string,
-  }
-  for field in dataclasses.fields(settings):
-    kind = getattr(field.type, "__name__", "") if isinstance(field.type, type) else ""
-    kind = kind if kind in defines else str(field.type)
-    define = (
-      flags.DEFINE_list if "tuple" in kind else defines[next(k for k in defines if k in kind)]
-    )
-    define(field.name, None, field.metadata["help"])
+  names = {"tuple": "list", "bool": "boolean", "int": "integer", "float": "float", "str": "string"}
+  for field in dataclasses.fields(settings):  # a type may be `int`, `int | None`, `tuple[int, ...]`
+    kind = next(names[name] for name in names if name in str(field.type))
+    getattr(flags, f"DEFINE_{kind}")(field.name, None, field.metadata["help"])
 
 
 def _parse(argv):

@@ -19,12 +19,7 @@ def keep_freed_memory() -> bool:
   libc = ctypes.CDLL(None)
   if not hasattr(libc, "gnu_get_libc_version"):
     return False
-  M_ARENA_MAX, M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD = -8, -4, -2, -1
-  for option, value in (
-    (M_ARENA_MAX, 1),
-    (M_MMAP_MAX, 0),
-    (M_TRIM_THRESHOLD, -1),
-    (M_TOP_PAD, 2**28),
-  ):
-    libc.mallopt(option, value)
+  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+  for parameter, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 2**28)):
+    libc.mallopt(parameter, value)
   return True

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from runtime.cli import check
@@ -32,39 +32,28 @@ def make_mesh(spec: str | None, n_models: int, devices: Sequence[Any] | None = N
   count, sizes = len(devices), {}
   for part in (spec or "").split(",") if spec else ():
     axis, _, size = part.partition("=")
-    check(
-      axis in AXES and axis not in sizes and size.isdecimal() and int(size) >= 1,
-      f"--mesh={spec} cannot be read at {part!r}: write it like population=2,data=4",
-    )
+    readable = axis in AXES and axis not in sizes and size.isdecimal() and int(size) >= 1
+    check(readable, f"--mesh={spec} cannot be read at {part!r}: write it like population=2,data=4")
     sizes[axis] = int(size)
-  if "population" not in sizes:
-    rest = count // sizes.get("data", 1)
-    sizes["population"] = math.gcd(max(rest, 1), n_models)
-  population = sizes["population"]
-  data = sizes.setdefault("data", max(count // population, 1))
-  size = population * data
+  rest = max(count // sizes.get("data", 1), 1)
+  population = sizes.get("population", math.gcd(rest, n_models))
+  data = sizes.get("data", max(count // population, 1))
+  size, divides = population * data, n_models % population == 0
   check(
     size == count or size < count and jax.process_count() == 1,
     f"--mesh=population={population},data={data} takes {size} devices, {count} are visible: "
     "the product must be their number (or less, on one host)",
   )
-  check(
-    n_models % population == 0,
-    f"--mesh=population={population} does not divide --n_models={n_models}",
-  )
+  check(divides, f"--mesh=population={population} does not divide --n_models={n_models}")
   # Neighbors on a pod's network where possible; 8 x 8 of 4 x 4 x 4 chips splits an axis.
-  grid = mesh_utils.create_device_mesh(
-    (population, data), devices[:size], allow_split_physical_axes=True
-  )
+  grid = create_device_mesh((population, data), devices[:size], allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def make_data_mesh(spec: str | None, devices: Sequence[Any] | None = None) -> Mesh:
   """The mesh of a command that trains or runs one model: "data=4"."""
-  check(
-    "population" not in (spec or ""),
-    f"--mesh={spec}: only train.py has a population; write it like data=4",
-  )
+  own = "population" not in (spec or "")
+  check(own, f"--mesh={spec}: only train.py has a population; write it like data=4")
   return make_mesh(spec, 1, devices)
 
 

@@ -45,32 +45,27 @@ def start(hosts: Hosts) -> None:
     UserError: flags are missing or contradict each other, or the other hosts do not join.
   """
   coordinator, processes, process = hosts.coordinator, hosts.num_processes, hosts.process_id
+  named, flags = f"--coordinator={coordinator}", "--num_processes and --process_id"
+  alone = processes is None and process is None
   if coordinator is None:
-    check(
-      processes is None and process is None,
-      "--num_processes and --process_id go with --coordinator=HOST:PORT of process 0",
-    )
+    check(alone, f"{flags} go with --coordinator=HOST:PORT of process 0")
     return
+  cluster = {}
   if coordinator == "auto":
-    check(
-      processes is None and process is None,
-      "--coordinator=auto finds --num_processes and --process_id itself: leave them out",
-    )
-    cluster = {}
+    check(alone, f"{named} finds {flags} itself: leave them out")
   else:
     check(
       processes is not None and process is not None and 0 <= process < processes,
-      f"--coordinator={coordinator} needs --num_processes={processes} and "
-      f"--process_id={process}, 0 <= process_id < num_processes",
+      f"{named} needs --num_processes={processes} and --process_id={process}, "
+      "0 <= process_id < num_processes",
     )
     cluster = dict(coordinator_address=coordinator, num_processes=processes, process_id=process)
   try:
     jax.distributed.initialize(**cluster, heartbeat_timeout_seconds=hosts.heartbeat)
   except (ValueError, RuntimeError) as error:
     raise UserError(
-      f"--coordinator={coordinator} does not start the run's hosts "
-      f"({str(error).splitlines()[0][:200]}): check that process 0 can be reached there and that "
-      "each host has its own --process_id"
+      f"{named} does not start the run's hosts ({one_line(error)}): check that process 0 can be "
+      "reached there and that each host has its own --process_id"
     ) from None
 
 
@@ -93,21 +88,16 @@ def leader_first(function: Callable[[], Any]) -> Any:
 
 
 def wait_for_all(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  multihost_utils.sync_global_devices(name)
 
 
 def as_leader(flag: bool) -> bool:
   """The leader's flag on all hosts, so that all take the same branch."""
-  if jax.process_count() == 1:
-    return flag
   return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
 def any_host(flag: bool) -> bool:
   """True on all hosts if it is true on any."""
-  if jax.process_count() == 1:
-    return flag
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
@@ -118,14 +108,9 @@ def agree_on(folder: Path, files: Any) -> None:
   Raises:
     UserError: hosts see different files.
   """
-  if jax.process_count() == 1:
-    return
-  digest = hashlib.blake2b(repr(files).encode(), digest_size=16).digest()
-  own = np.frombuffer(digest, np.uint8)
-  check(
-    bool((multihost_utils.process_allgather(own) == own).all()),
-    f"the hosts see different files in {folder}: it must be one shared folder",
-  )
+  own = np.frombuffer(hashlib.blake2b(repr(files).encode()).digest(), np.uint8)
+  same = bool((multihost_utils.process_allgather(own) == own).all())
+  check(same, f"the hosts see different files in {folder}: it must be one shared folder")
 
 
 @contextlib.contextmanager
@@ -137,22 +122,18 @@ def stop_together() -> Iterator[None]:
   except BaseException as error:
     if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
       raise  # when asked to stop, all hosts exit at the same point
-    status = _report(error)
+    message, status = error, 2
+    if not isinstance(error, UserError):
+      traceback.print_exception(error)
+      # A lost host raises errors of several types, which other failures raise too.
+      message, status = (
+        (
+          f"process {jax.process_index()} of {jax.process_count()} cannot continue "
+          f"({one_line(error)}): if another host has died, see its output; start all of them again "
+          "with the same flags to resume from the last checkpoint"
+        ),
+        1,
+      )
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
-
-
-def _report(error: BaseException) -> int:
-  if isinstance(error, UserError):
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  traceback.print_exception(error)
-  # A lost host raises errors of several types, which other failures raise too.
-  print(
-    f"error: process {jax.process_index()} of {jax.process_count()} cannot continue "
-    f"({one_line(error)}): if another host has died, see its output; start all of them again with "
-    "the same flags to resume from the last checkpoint",
-    file=sys.stderr,
-  )
-  return 1

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("population", "data")
@@ -23,8 +24,7 @@ LARGE = 2**16  # elements; arrays of one model from this size on are sharded ove
 
 def axis_size(axis: str) -> int:
   """Size of an axis of the mesh in use; 1 without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape[axis]
+  return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def over_population(function: Callable) -> Callable:
@@ -42,13 +42,8 @@ def over_population(function: Callable) -> Callable:
     if axis_size("population") == 1:
       return function(shared, *members)
     by_member = PartitionSpec("population")
-    return jax.shard_map(
-      on_shard,
-      in_specs=(REPLICATED, *[by_member] * len(members)),
-      out_specs=(by_member, REPLICATED),
-      axis_names={"population"},
-      check_vma=False,  # Pallas does not declare which axes its outputs vary over
-    )(shared, *members)
+    in_specs, out_specs = (REPLICATED, *[by_member] * len(members)), (by_member, REPLICATED)
+    return _shard_map(on_shard, in_specs, out_specs, {"population"})(shared, *members)
 
   return spread
 
@@ -71,9 +66,8 @@ def lookup(table_VD: jax.Array, index_B: jax.Array) -> jax.Array:
   """table[index] on each data shard for its sequences; XLA alone would gather all gradients."""
   if len(index_B) % axis_size("data"):  # a model is initialized on a batch of one
     return table_VD[index_B]
-  return _by_data_shard(lambda table, index: table[index], (REPLICATED, DATA), DATA)(
-    table_VD, index_B
-  )
+  gather = _by_data_shard(lambda table, index: table[index], (REPLICATED, DATA), DATA)
+  return gather(table_VD, index_B)
 
 
 def shard_loss(loss: Callable) -> Callable:
@@ -105,13 +99,15 @@ def _by_data_shard(function, in_specs, out_specs):
   def spread(*arguments):
     mesh = jax.sharding.get_abstract_mesh()
     axes = set(mesh.axis_names) - set(mesh.manual_axes)
-    if not axes:
-      return function(*arguments)
-    return jax.shard_map(
-      function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
-    )(*arguments)
+    return (_shard_map(function, in_specs, out_specs, axes) if axes else function)(*arguments)
 
   return spread
+
+
+def _shard_map(function, in_specs, out_specs, axes):
+  # check_vma is off: Pallas does not declare which axes its outputs vary over.
+  options = dict(in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+  return jax.shard_map(function, **options)
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -122,15 +118,15 @@ def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
 def constrain_state(state: Any) -> Any:
   """Shards a state by `state_shardings`, inside a traced function."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh.size <= 1:  # 0 outside `use_mesh`
     return state
   return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
 
 
 def replicate(x: Any) -> Any:
   """Gives every device the whole arrays, inside a traced function."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, REPLICATED)
+  alone = jax.sharding.get_abstract_mesh().size <= 1
+  return x if alone else jax.lax.with_sharding_constraint(x, REPLICATED)
 
 
 def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
@@ -149,11 +145,11 @@ def state_shardings(mesh: Mesh, state: Any, large: int = LARGE) -> Any:
     fitting = [i for i, size in enumerate(shape) if size % mesh.shape["data"] == 0]
     if math.prod(shape) >= large and fitting:
       axes[max(fitting, key=lambda i: shape[i])] = "data"
-    return NamedSharding(mesh, PartitionSpec(*lead, *axes))
+    return named(mesh, *lead, *axes)
 
   rules = dict.fromkeys(("eta", "params", "opt_state"), shard)
   rules["members"] = lambda x: shard(x, ("population",))
-  replicated = lambda _: NamedSharding(mesh, REPLICATED)
+  replicated = lambda _: named(mesh)
   fields = {k: jax.tree.map(rules.get(k, replicated), v) for k, v in state._asdict().items()}
   return type(state)(**fields)
 
@@ -167,14 +163,13 @@ def shard(x: Any, *axes: str | None) -> Any:
   """Shards arrays that every host holds in full: their leading axes over the named axes of the mesh
   in use, where these divide them. On one device, returns them unchanged."""
   mesh = jax.sharding.get_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh.size <= 1:
     return x
 
   def spread(x):
     divides = lambda axis, size: axis and size % mesh.shape[axis] == 0
     fits = [axis if divides(axis, x.shape[i]) else None for i, axis in enumerate(axes)]
-    sharding = NamedSharding(mesh, PartitionSpec(*fits))
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, named(mesh, *fits), lambda index: x[index])
 
   return jax.tree.map(spread, x)
 
@@ -184,21 +179,20 @@ def host_slice(sharding: NamedSharding | None, shape: tuple[int, ...]) -> tuple[
   if sharding is None:
     return tuple(slice(0, size) for size in shape)
   shards = sharding.addressable_devices_indices_map(shape).values()
-  ends = [[s.indices(size)[:2] for s, size in zip(index, shape, strict=True)] for index in shards]
-  return tuple(
-    slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*ends, strict=True)
-  )
+  starts, stops = zip(*(_bounds(index, shape) for index in shards), strict=True)
+  return tuple(map(slice, np.min(starts, 0).tolist(), np.max(stops, 0).tolist()))
 
 
 def from_host_slices(part: Any, sharding: NamedSharding | None, shape: tuple[int, ...]) -> Any:
   """Global arrays [*shape], of which each host passes its `host_slice`."""
   if sharding is None:
     return part
-  first = [s.start for s in host_slice(sharding, shape)]
-
-  def local(x, index):
-    ends = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
-    return x[tuple(slice(a - f, b - f) for (a, b), f in zip(ends, first, strict=True))]
-
-  make = lambda x: jax.make_array_from_callback(shape, sharding, lambda index: local(x, index))
+  first = np.array([s.start for s in host_slice(sharding, shape)])
+  local = lambda index: tuple(map(slice, *(_bounds(index, shape) - first).tolist()))
+  make = lambda x: jax.make_array_from_callback(shape, sharding, lambda index: x[local(index)])
   return jax.tree.map(make, part)
+
+
+def _bounds(index, shape):
+  """[starts, stops] of a shard's slices, one per axis."""
+  return np.transpose([s.indices(size)[:2] for s, size in zip(index, shape, strict=True)])

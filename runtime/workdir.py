@@ -1,5 +1,6 @@
 """A run's folder: configuration, checkpoints and metrics, each written atomically."""
 
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -8,33 +9,29 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from runtime.cli import UserError, check
-from runtime.files import UNFINISHED, write_atomically, write_text
+from runtime.cli import UserError, check, one_line
+from runtime.files import UNFINISHED, write_text
 
 State = TypeVar("State", bound=NamedTuple)
 FORMAT = 2  # of a run's checkpoints; raise it when a state changes its fields
 
 
-def open_workdir(
-  workdir: Path, config: Any, corpus_fingerprint: str, flag: str = "workdir"
-) -> None:
+def open_workdir(workdir: Path, config: Any, corpus: str, flag: str = "workdir") -> None:
   """Writes config.json into a new workdir; refuses one that holds anything but this run.
 
   Args:
     config: a dataclass; its fields are what must not change.
+    corpus: fingerprint of the data, which must not change either.
     flag: the flag that names the folder, for messages.
   """
+  mend = f"use another --{flag}"
   check(not workdir.exists() or workdir.is_dir(), f"--{flag}={workdir} is a file")
   path = workdir / "config.json"
-  now = dict(config=vars(config), corpus=corpus_fingerprint, format=FORMAT)
-  now = json.loads(json.dumps(now))
+  now = json.loads(json.dumps(dict(config=vars(config), corpus=corpus, format=FORMAT)))
   if not path.exists():
     others = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
     others = [name for name in others if not name.startswith(UNFINISHED)]
-    check(
-      not others,
-      f"{workdir} is neither empty nor a run ({', '.join(others[:1])}): use another --{flag}",
-    )
+    check(not others, f"{workdir} is neither empty nor a run ({', '.join(others[:1])}): {mend}")
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(now, indent=1))
     return
@@ -42,23 +39,15 @@ def open_workdir(
     saved = json.loads(path.read_text())
     before = saved["config"] | {"corpus": saved["corpus"]}
   except (ValueError, KeyError, TypeError):
-    raise UserError(
-      f"{path} is not readable as a run's configuration: use another --{flag}"
-    ) from None
-  check(
-    saved.get("format") == FORMAT,
-    f"{workdir} holds a run of an earlier version: use another --{flag}",
-  )
+    raise UserError(f"{path} is not readable as a run's configuration: {mend}") from None
+  check(saved.get("format") == FORMAT, f"{workdir} holds a run of an earlier version: {mend}")
   after = now["config"] | {"corpus": now["corpus"]}
-  changed = [
-    f"{name} was {before.get(name)!r}, is {after[name]!r}"
-    for name in after
-    if before.get(name) != after[name]
-  ]
+  changed = [name for name in after if before.get(name) != after[name]]
+  changes = "; ".join(f"{name} was {before.get(name)!r}, is {after[name]!r}" for name in changed)
   check(
     not changed,
-    f"{workdir} holds a run of another configuration ({'; '.join(changed)}): "
-    f"use another --{flag}, or the same flags and data",
+    f"{workdir} holds a run of another configuration ({changes}): {mend}, or the same flags and "
+    "data",
   )
 
 
@@ -67,9 +56,8 @@ class Checkpoints:
 
   def __init__(self, workdir: Path):
     self.folder = workdir.resolve() / "checkpoints"
-    self.manager = ocp.CheckpointManager(
-      self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    self.manager = ocp.CheckpointManager(self.folder, options=options)
 
   def save(self, step: int, state: State) -> None:
     self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
@@ -86,11 +74,9 @@ class Checkpoints:
     """One field of the latest state, on this host's first device."""
     step = self.manager.latest_step()
     check(step is not None, f"{self.folder} holds no checkpoint yet")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    template = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template
-    )
-    item = {name: template}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    item = {name: jax.tree.map(place, template)}
     how = ocp.checkpoint_utils.construct_restore_args(item)
     return self._restore(step, ocp.args.PyTreeRestore(item, how, partial_restore=True))[name]
 
@@ -99,8 +85,7 @@ class Checkpoints:
       return self.manager.restore(step, args=args)
     except Exception as error:
       raise UserError(
-        f"the checkpoint {self.folder / str(step)} cannot be read "
-        f"({type(error).__name__}: {str(error).splitlines()[0][:120]}): "
+        f"the checkpoint {self.folder / str(step)} cannot be read ({one_line(error)}): "
         "delete that folder to resume from the one before"
       ) from error
 
@@ -119,14 +104,11 @@ class Metrics:
     self.file = None
     if path is None:
       return
-    kept = []
-    if path.exists():
-      for line in path.read_text().splitlines():
-        try:
-          kept += [line] if json.loads(line)["step"] <= start else []
-        except (ValueError, KeyError):
-          pass  # the line that a kill cut short
-    write_atomically(path, lambda f: f.write("".join(x + "\n" for x in kept).encode()))
+    kept = ""
+    for line in path.read_text().splitlines() if path.exists() else ():
+      with contextlib.suppress(ValueError, KeyError):  # the line that a kill cut short
+        kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
+    write_text(path, kept)
     self.file = open(path, "a")
 
   def append(self, row: dict) -> None:

@@ -1,8 +1,10 @@
 """What the tests share."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
+import shutil
 
 import jobs
 import numpy as np
@@ -73,31 +75,72 @@ def _is_jaxpr(x):
   return hasattr(x, "eqns")
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
+LONGEST = (  # first, so that the processes of `make test` end together
+  "kernels/test_loss.py",
+  "kernels/test_attention.py",
+  "test_train.py",
+  "test_inner_loop.py",
+  "test_microbatches.py",
+  "test_examples.py",
+  "runtime/test_sharding.py",
+  "evaluation/test_evaluate.py",
+  "curation/test_curate.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  def rank(item):
+    path = item.path.relative_to(jobs.ROOT / "tests").as_posix()
+    return LONGEST.index(path) if path in LONGEST else len(LONGEST)
+
+  items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def once(tmp_path_factory):
+  """(name, make) -> a path that the test processes of a session share: the first that asks for it
+  calls make(path)."""
+  folder = tmp_path_factory.getbasetemp()
+  folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+  def path_of(name, make):
+    path, partial = folder / name, folder / f"{name}.partial"
+    with open(folder / f"{name}.lock", "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not path.exists():
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that failed
+        make(partial)
+        partial.rename(path)
+    return path
+
+  return path_of
+
+
+@pytest.fixture(scope="session")
+def cache(once):
+  return once("cache", lambda path: path.mkdir())
+
+
+@pytest.fixture(scope="session")
+def corpus(once):
   """A JSONL of one's own: two sources, half of the documents noisy at a known level."""
   rng = np.random.default_rng(0)
   words = "the rater scores each text and the inner models learn from what it likes best".split()
-  path = tmp_path_factory.mktemp("corpus") / "mine.jsonl"
-  with open(path, "w") as file:
-    for i in range(400):
-      text = " ".join(rng.choice(words, 40))
-      level = float(rng.choice([0, 0, 0.2, 0.4, 0.8]))
-      noisy = [chr(rng.integers(33, 127)) if rng.random() < level else c for c in text]
-      record = {"text": "".join(noisy), "source": "ab"[i % 2], "noise": level}
-      print(json.dumps(record), file=file)
-  return path
+
+  def make(path):
+    with open(path, "w") as file:
+      for i in range(400):
+        text = " ".join(rng.choice(words, 40))
+        level = float(rng.choice([0, 0, 0.2, 0.4, 0.8]))
+        noisy = [chr(rng.integers(33, 127)) if rng.random() < level else c for c in text]
+        record = {"text": "".join(noisy), "source": "ab"[i % 2], "noise": level}
+        print(json.dumps(record), file=file)
+
+  return once("mine.jsonl", make)
 
 
 @pytest.fixture(scope="session")
-def small_rater(corpus, cache, tmp_path_factory):
+def small_rater(corpus, cache, once):
   """The workdir of a rater of one's own corpus, trained for four meta-steps."""
-  workdir = tmp_path_factory.mktemp("raters") / "small"
-  flags = [f"--workdir={workdir}", f"--data={corpus}", f"--cache_dir={cache}", "--meta_steps=4"]
-  jobs.succeed("train.py", cache, *flags, *jobs.SMALL, "--rater=nano")
-  return workdir
+  flags = [f"--data={corpus}", f"--cache_dir={cache}", "--meta_steps=4", *jobs.SMALL]
+  return once("rater", lambda path: jobs.succeed("train.py", cache, f"--workdir={path}", *flags))

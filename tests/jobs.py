@@ -1,15 +1,20 @@
 """Running the entry points as a user does: small, in processes of their own."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import jax
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (  # flags of train.py
-  "--model=tiny",
-  "--rater=tiny",
+  "--model=nano",
+  "--rater=nano",
   "--sequence_length=32",
   "--inner_batch=4",
   "--outer_batch=4",
@@ -18,23 +23,60 @@ SMALL = (  # flags of train.py
   "--steps_per_call=2",
   "--checkpoint_every=4",
 )
+# Jobs compute little: their programs are compiled quickly, and once for all jobs of a session.
+JAX = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.1}
+
+# The imports of a command take longer than most jobs: a server has them done and forks.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "curate", "evaluate", "analyse", "planner.__main__"])
 
 
 def start(script: str, cache: Path, *flags: str, **options) -> subprocess.Popen:
-  """The runs of a session share the folder `cache`: tokenised corpora and compiled programs."""
+  """A new interpreter. The jobs of a session share the folder `cache`: tokenized corpora and
+  compiled programs."""
   return subprocess.Popen(
     [sys.executable, script, *flags],
     cwd=ROOT,
-    env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache / "compiled")},
+    env=os.environ | {name.upper(): str(value) for name, value in _jax(cache).items()},
     text=True,
     **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
   )
 
 
 def run(script: str, cache: Path, *flags: str) -> subprocess.CompletedProcess:
-  process = start(script, cache, *flags)
-  output, errors = process.communicate(timeout=600)
-  return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+  """A job of the server, from start to end."""
+  arguments = [script, *flags]
+  with tempfile.TemporaryDirectory() as folder:
+    files = [Path(folder) / name for name in ("output", "errors")]
+    job = SERVER.Process(target=_job, args=(arguments, dict(os.environ), _jax(cache), files))
+    job.start()
+    job.join(600)
+    if job.exitcode is None:
+      job.kill()
+      raise TimeoutError(arguments)
+    output, errors = (path.read_text() if path.exists() else "" for path in files)
+  return subprocess.CompletedProcess(arguments, job.exitcode, output, errors)
+
+
+def _jax(cache):
+  return JAX | {"jax_compilation_cache_dir": str(cache / "compiled")}
+
+
+def _job(arguments, environment, settings, files):
+  """`python ARGUMENTS` in a process that has imported the commands and started no device."""
+  for descriptor, path in enumerate(files, 1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+  os.chdir(ROOT)
+  os.environ.clear()
+  os.environ.update(environment)
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  if arguments[0] == "-m":
+    sys.argv = arguments[1:]
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+  else:
+    sys.argv = arguments
+    runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
 
 def succeed(script: str, cache: Path, *flags: str) -> str:

@@ -20,7 +20,7 @@ CONFIG = TransformerConfig(V, 8, n_layers=2, n_heads=2, head_dim=4, d_ff=12)
 
 @pytest.fixture(scope="module")
 def rater():
-  """(eta as initialised, eta with a head that is not zero, score)."""
+  """(eta as initialized, eta with a head that is not zero, score)."""
   rater = datarater.rater(CONFIG)
   fresh = jax.jit(rater.init)(jax.random.key(0))
   head = jnp.asarray(np.random.default_rng(1).normal(size=CONFIG.d_model), jnp.float32)

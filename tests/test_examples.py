@@ -53,7 +53,7 @@ def test_learned_rates_are_as_good_as_the_best_of_a_sweep(tmp_path, capsys, quic
   assert learned[0] < best[0]
 
 
-def test_learned_initialisation_adapts_where_one_of_the_mixture_does_not(tmp_path, capsys):
+def test_learned_initialization_adapts_where_one_of_the_mixture_does_not(tmp_path, capsys):
   # Not compiled quickly: here 1,000 updates take longer than their compilation.
   ours, rival = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=1000)
   assert ours[0] < rival[0] / 2

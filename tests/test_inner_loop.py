@@ -283,7 +283,7 @@ def test_random_losses_have_the_gradients_of_reverse_mode(random_loss_gradients,
 
 
 @pytest.mark.parametrize("unroll, mode", COMBINATIONS)
-def test_rate_that_an_optimiser_takes_from_the_meta_is_one_that_scales_the_loss(x64, unroll, mode):
+def test_rate_that_an_optimizer_takes_from_the_meta_is_one_that_scales_the_loss(x64, unroll, mode):
   loss, params, metas, batches = _hyperparameters()
 
   def unscaled(params, meta, batch):

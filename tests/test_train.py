@@ -16,8 +16,9 @@ from chex import assert_trees_all_equal
 from jobs import SMALL, assert_one_line_error, wait_until
 
 import rating
-from analysis import training_report
 from runtime.workdir import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
@@ -202,26 +203,6 @@ def test_a_truncated_checkpoint_is_named_with_the_mend(finished, run, tmp_path):
   shutil.rmtree(last)
   assert run(broken, "--meta_steps=12").returncode == 0
   same_run(finished[0], broken)
-
-
-def test_noise_table_on_scores_with_known_answer():
-  noise = np.tile([0.0, 0.0, 0.2, 0.4, 0.6, 0.8], 10)
-  source = np.repeat(["a", "b"], 30)
-  table = training_report.noise_table(-noise, noise, source)
-  assert table["spearman"] == pytest.approx({"a": -1, "b": -1})
-  assert table["auroc"] == pytest.approx({"a": 1, "b": 1})
-  upside_down = training_report.noise_table(noise, noise, source)
-  assert upside_down["spearman_mean"] == pytest.approx(1) and upside_down["auroc_mean"] == 0
-  assert training_report.noise_table(-noise[:6], noise[:6], source[:6])["too_few_documents"] == [
-    "a"
-  ]
-
-
-def test_weight_fit_finds_the_r2_of_an_exact_and_of_an_independent_relation():
-  rng = np.random.default_rng(0)
-  noise = rng.uniform(0.1, 0.8, 128)
-  assert training_report.weight_fit(np.log(1 - noise), noise)["r2"] == pytest.approx(1)
-  assert training_report.weight_fit(rng.normal(size=128), noise)["r2"] < 0.1
 
 
 def test_a_rater_trained_with_kernels_is_opened_without_them(small_rater, tmp_path):

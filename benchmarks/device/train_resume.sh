@@ -10,7 +10,7 @@ flags="--preset=50m --workdir=$run --cache_dir=$WORK/tokens --data=demo --tokeni
   --lifetime=200 --inner_warmup=10 --meta_learning_rate=1e-3 --meta_warmup=10 --meta_steps=60
   --steps_per_call=10 --checkpoint_every=20 --loss_backend=pallas_gpu --attention_backend=pallas_gpu"
 [ -z "$DRY" ] || flags="$flags --model=nano --rater=nano --sequence_length=64 --inner_batch=4
-  --outer_batch=4 --report_documents=40 --loss_backend=xla --attention_backend=xla --meta_steps=6
+  --outer_batch=4 --report_documents=40 --loss_backend=xla --attention_backend=xla --meta_steps=40
   --steps_per_call=2 --checkpoint_every=2 --dtype=float32 --max_documents=2000"
 
 has_checkpoint() { ls "$run"/checkpoints/*/ > /dev/null 2>&1; }

@@ -19,6 +19,8 @@ that should be zero (of s along a row) then do not multiply large rounded number
 Axes: B sequences, H heads, S tokens, K head width.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -56,7 +58,8 @@ def attention(q_BHSK, k_BHSK, v_BHSK, segments_BS, *, causal: bool, backend: str
   pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more_S), (0, more_K)])
   k_BHSK = k_BHSK - jax.lax.stop_gradient(_mean(k_BHSK))
   segments = jnp.pad(segments_BS, [(0, 0), (0, more_S)], constant_values=-1)[:, None]
-  o, _ = VALUES(How(causal, backend), (segments, *map(pad, (q_BHSK, k_BHSK, v_BHSK))))
+  x = dict(q=pad(q_BHSK), k=pad(k_BHSK), v=pad(v_BHSK), segments=segments)
+  o, _ = VALUES(How(causal, backend), x)
   return o[:, :, :S, :K].astype(dtype)
 
 
@@ -66,60 +69,49 @@ def runs_here(backend: str) -> bool:
 
 
 # The four operations. Arrays are padded; segments are [B, 1, S], lse and delta [B, H, 1, S]. Matmul
-# inputs have the dtype of q, all else is float32: also o, as delta is a difference of large sums.
+# inputs have the dtype of q, the rest is float32: o too, as delta is a difference of large sums.
 
 
-def _values(how, arrays):
-  """(segments, q, k, v) -> (o, lse)."""
-  x = dict(zip(("segments", "q", "k", "v"), arrays, strict=True))
-  return passes.run(passes.values, how, x, ("o", "lse"))
-
-
-def _values_jvp(how, arrays, results, tangents):
-  _, q_t, k_t, v_t = _instantiate(tangents, arrays)
-  inputs = (*arrays, *results)
-  return VALUE_TANGENTS(how, (*inputs, q_t, k_t - _mean(k_t), v_t), len(inputs))
+def _values_jvp(how, x, results, tangents):
+  o, lse = results
+  return VALUE_TANGENTS(how, (x | dict(o=o, lse=lse), _named(tangents, x)))
 
 
 def _value_tangents(how, arrays):
-  """(segments, q, k, v, o, lse, q', k', v') -> (o', lse')."""
-  names = "segments", "q", "k", "v", "o", "lse", "q_t", "k_t", "v_t"
-  return passes.run(passes.value_tangents, how, dict(zip(names, arrays, strict=True)), ("o", "lse"))
+  x, tangents = arrays
+  return passes.run(passes.value_tangents, ("o", "lse"), how, x | tangents)
 
 
-def _value_cotangents(how, arrays, cotangents):
-  *inputs, o, lse = arrays
+def _value_cotangents(how, x, cotangents):
   do, _ = cotangents  # only these rules read lse
-  delta = jnp.sum(do * o, -1)[:, :, None]
-  return GRADIENTS(how, (*inputs, do.astype(inputs[1].dtype), lse, delta))
+  delta = jnp.sum(do * x["o"], -1)[:, :, None]
+  inputs = {name: x[name] for name in ("segments", "q", "k", "v", "lse")}
+  dq, dk, dv = GRADIENTS(how, inputs | dict(do=do.astype(x["q"].dtype), delta=delta))
+  return dict(q_t=dq, k_t=dk, v_t=dv)
 
 
-def _gradients(how, arrays):
-  """(segments, q, k, v, do, lse, delta) -> (dq, dk, dv); followed by the tangents of all but the
-  segments, -> (dq', dk', dv')."""
-  names = "q", "k", "v", "do", "lse", "delta"
-  names = "segments", *names, *(f"{name}_t" for name in names)
-  x = dict(zip(names, arrays, strict=False))
-  of_queries = passes.run(passes.query_gradients, how, x, ("q",))
-  return *of_queries, *passes.run(passes.key_gradients, how, x, ("k", "v"))
+def _gradients(how, x):
+  """(dq, dk, dv), or (dq', dk', dv') if x has tangents."""
+  of_queries = passes.run(passes.query_gradients, ("q",), how, x)
+  return *of_queries, *passes.run(passes.key_gradients, ("k", "v"), how, x)
 
 
-def _gradients_jvp(how, arrays, results, tangents):
-  _, q_t, k_t, *rest = _instantiate(tangents, arrays)
-  return GRADIENT_TANGENTS(how, (*arrays, q_t, k_t - _mean(k_t), *rest))
+def _gradients_jvp(how, x, results, tangents):
+  return GRADIENT_TANGENTS(how, x | _named(tangents, x))
 
 
-def _instantiate(tangents, arrays):
-  """Zeros for tangents that are None: the kernels take all or none."""
-  pairs = zip(tangents, arrays, strict=True)
-  return [jnp.zeros_like(x) if tangent is None else tangent for tangent, x in pairs]
+def _named(tangents, x):
+  """Tangents by name, zeros for None: the kernels take all or none."""
+  of = lambda name: jnp.zeros_like(x[name]) if tangents[name] is None else tangents[name]
+  named = {f"{name}_t": of(name) for name in x if name != "segments"}
+  return named | dict(k_t=named["k_t"] - _mean(named["k_t"]))
 
 
 def _mean(k_BHSK):
   return jnp.mean(k_BHSK, 2, jnp.float32, keepdims=True).astype(k_BHSK.dtype)
 
 
-VALUES = Operation("attention", _values, _values_jvp)
+VALUES = Operation("attention", partial(passes.run, passes.values, ("o", "lse")), _values_jvp)
 VALUE_TANGENTS = Operation("attention's tangent", _value_tangents, transpose=_value_cotangents)
 GRADIENTS = Operation("attention's gradient", _gradients, _gradients_jvp)
 GRADIENT_TANGENTS = Operation("attention's gradient", _gradients)

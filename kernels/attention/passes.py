@@ -57,11 +57,11 @@ def values(x, out, other):
   def step(block, sums):
     maximum, total, acc = sums
     k, v = other.load("k v", block).values()
-    z = jnp.where(other.visible(block), _scores(q, k), HIDDEN)
+    z = jnp.where(other.visible(block), device.dot(q, k, (1, 1)), HIDDEN)
     now = jnp.maximum(maximum, jnp.max(z, 1, keepdims=True))
     decay, e = jnp.exp(maximum - now), jnp.exp(z - now)
     total = total * decay + jnp.sum(e, 1, keepdims=True)
-    return now, total, acc * decay + _times(e.astype(v.dtype), v)
+    return now, total, acc * decay + device.dot(e.astype(v.dtype), v, (1, 0))
 
   row, acc = jnp.zeros((q.shape[0], 1), jnp.float32), jnp.zeros(q.shape, jnp.float32)
   maximum, total, acc = other.along(step, (row + HIDDEN, row, acc))
@@ -75,9 +75,9 @@ def value_tangents(x, out, other):
   def step(block, sums):
     lse_t, acc = sums
     k, k_t, v, v_t = other.load("k k_t v v_t", block).values()
-    p = jnp.where(other.visible(block), jnp.exp(_scores(q, k) - lse), 0)
-    p_z_t = p * (_scores(q_t, k) + _scores(q, k_t))
-    acc += _times(p_z_t.astype(v.dtype), v) + _times(p.astype(v.dtype), v_t)
+    p = jnp.where(other.visible(block), jnp.exp(device.dot(q, k, (1, 1)) - lse), 0)
+    p_z_t = p * device.matmul_tangent(q, q_t, k, k_t, (1, 1))
+    acc += device.matmul_tangent(p.astype(v.dtype), p_z_t.astype(v.dtype), v, v_t, (1, 0))
     return lse_t + jnp.sum(p_z_t, 1, keepdims=True), acc
 
   row, acc = jnp.zeros((q.shape[0], 1), jnp.float32), jnp.zeros(q.shape, jnp.float32)
@@ -87,30 +87,26 @@ def value_tangents(x, out, other):
 
 
 def query_gradients(x, out, other):
-  own, stats = _own(x, "q q_t do do_t"), _rows(x, _STATISTICS)
+  own, stats = _read(x, "q q_t do do_t"), _rows(x, _STATISTICS)
 
   def step(block, dq):
     keys = other.load("k k_t v v_t", block)
     _, s, _, s_t = _slopes(own, keys, "q k do v", stats, other.visible(block))
-    if s_t is None:
-      return dq + _times(s, keys["k"])
-    return dq + _times(s_t, keys["k"]) + _times(s, keys["k_t"])
+    return device.matmul_tangent(s, s_t, keys["k"], keys.get("k_t"), (1, 0), dq)
 
   dq = other.along(step, jnp.zeros(own["q"].shape, jnp.float32))
   out["q"][...] = dq.astype(out["q"].dtype)
 
 
 def key_gradients(x, out, other):
-  own = _own(x, "k k_t v v_t")
+  own = _read(x, "k k_t v v_t")
 
   def step(block, sums):
     dk, dv = sums
     queries, stats = other.load("q q_t do do_t", block), other.columns(_STATISTICS, block)
     p, s, p_t, s_t = _slopes(own, queries, "k q v do", stats, other.visible(block))
-    if s_t is None:
-      return dk + _times(s, queries["q"]), dv + _times(p, queries["do"])
-    dk += _times(s_t, queries["q"]) + _times(s, queries["q_t"])
-    return dk, dv + _times(p_t, queries["do"]) + _times(p, queries["do_t"])
+    dk = device.matmul_tangent(s, s_t, queries["q"], queries.get("q_t"), (1, 0), dk)
+    return dk, device.matmul_tangent(p, p_t, queries["do"], queries.get("do_t"), (1, 0), dv)
 
   zero = jnp.zeros(own["k"].shape, jnp.float32)
   dk, dv = other.along(step, (zero, zero))
@@ -121,35 +117,30 @@ _STATISTICS = "lse lse_t delta delta_t"
 
 
 def _slopes(own, other, names, stats, visible):
-  """(p, s, p', s') [own, other] in the matmuls' dtype; p' and s' are None without tangents.
+  """(p, s, p', s') [own, other] in the matmuls' dtype; (p, s, p, s) without tangents.
 
   `names` are a b c d: z is own[a] other[b]^T; do v^T or its transpose is own[c] other[d]^T."""
   a, b, c, d = names.split()
-  dtype = own[a].dtype
-  p = jnp.where(visible, jnp.exp(_scores(own[a], other[b]) - stats["lse"]), 0)
-  r = _scores(own[c], other[d]) - stats["delta"]
-  if "lse_t" not in stats:
-    return p.astype(dtype), (p * r).astype(dtype), None, None
-  z_t = _scores(own[f"{a}_t"], other[b]) + _scores(own[a], other[f"{b}_t"])
-  r_t = _scores(own[f"{c}_t"], other[d]) + _scores(own[c], other[f"{d}_t"]) - stats["delta_t"]
-  p_t = p * (z_t - stats["lse_t"])
-  return tuple(tile.astype(dtype) for tile in (p, p * r, p_t, p_t * r + p * r_t))
+  scores = lambda a, b: device.dot(own[a], other[b], (1, 1))
+  scores_t = lambda a, b: device.matmul_tangent(
+    own[a], own[f"{a}_t"], other[b], other[f"{b}_t"], (1, 1)
+  )
+  p = jnp.where(visible, jnp.exp(scores(a, b) - stats["lse"]), 0)
+  r = scores(c, d) - stats["delta"]
+  s = p * r
+  p_t, s_t = p, s
+  if "lse_t" in stats:
+    p_t = p * (scores_t(a, b) - stats["lse_t"])
+    s_t = p_t * r + p * (scores_t(c, d) - stats["delta_t"])
+  return tuple(tile.astype(own[a].dtype) for tile in (p, s, p_t, s_t))
 
 
-def _scores(a, b):
-  return device.dot(a, b, (1, 1))
-
-
-def _times(tile, b):
-  return device.dot(tile, b, (1, 0))
-
-
-def _own(x, names):
-  return {name: x[name][...] for name in names.split() if name in x}
+def _read(x, names, index=...):
+  return {name: x[name][index] for name in names.split() if name in x}
 
 
 def _rows(x, names):
-  return {name: value.reshape(-1, 1) for name, value in _own(x, names).items()}
+  return {name: value.reshape(-1, 1) for name, value in _read(x, names).items()}
 
 
 def _program(x, out, *, kernel, causal, own_queries, block):
@@ -157,12 +148,8 @@ def _program(x, out, *, kernel, causal, own_queries, block):
   start = pl.program_id(2) * own
   segments = _rows(x, "own_segments")["own_segments"]
   place = lambda i: pl.ds(pl.multiple_of(i * block, block), block)
-
-  def load(names, i):
-    return {name: x[name][place(i), :] for name in names.split() if name in x}
-
-  def columns(names, i):
-    return {name: x[name][:, place(i)] for name in names.split() if name in x}
+  load = lambda names, i: _read(x, names, (place(i), slice(None)))
+  columns = lambda names, i: _read(x, names, (slice(None), place(i)))
 
   def visible(i):
     seen = segments == columns("segments", i)["segments"]
@@ -189,7 +176,7 @@ UNITS = {  # kernel -> (units, units with tangents)
 }
 
 
-def run(kernel: Callable, how: How, x: dict[str, jax.Array], outputs: tuple[str, ...]) -> tuple:
+def run(kernel: Callable, outputs: tuple[str, ...], how: How, x: dict[str, jax.Array]) -> tuple:
   """Runs a kernel on every block of its own side; outputs are shaped like x of the same name."""
   B, H, S, K = x["q"].shape
   dtype, own_queries, tangents = x["q"].dtype, kernel is not key_gradients, "q_t" in x
@@ -208,17 +195,12 @@ def run(kernel: Callable, how: How, x: dict[str, jax.Array], outputs: tuple[str,
     return pl.BlockSpec((None, None, size, K), lambda b, h, i: (b, h, place(i), 0))
 
   def shape(name):
-    wide = name in ("o", "lse")
-    return jax.ShapeDtypeStruct(
-      (B, H, 1, S) if name == "lse" else (B, H, S, K), jnp.float32 if wide else dtype
-    )
+    of = (B, H, 1, S) if name == "lse" else (B, H, S, K)
+    return jax.ShapeDtypeStruct(of, jnp.float32 if name in ("o", "lse") else dtype)
 
   x = x | dict(own_segments=x["segments"])
   specs, shapes = {name: spec(name) for name in x}, {name: shape(name) for name in outputs}
-  tiles = sum(
-    (i * own + own + block - 1) // block if own_queries else (S - i * own + block - 1) // block
-    for i in range(S // own)
-  )
+  tiles = sum(pl.cdiv((i + 1) * own, block) for i in range(S // own))  # from either side
   pairs = B * H * (tiles * own * block if how.causal else S * S)
   (result,) = pl.pallas_call(
     partial(_program, kernel=kernel, causal=how.causal, own_queries=own_queries, block=block),
@@ -230,9 +212,9 @@ def run(kernel: Callable, how: How, x: dict[str, jax.Array], outputs: tuple[str,
     interpret=kind is None,
     compiler_params=_compiler_params(how.backend, kind or ""),
     cost_estimate=pl.CostEstimate(
-      2 * UNITS[kernel][tangents] * K * pairs,
-      pairs,
-      sum(a.size * a.dtype.itemsize for a in (*x.values(), *shapes.values())),
+      flops=2 * UNITS[kernel][tangents] * K * pairs,
+      transcendentals=pairs,
+      bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*x.values(), *shapes.values())),
     ),
   )(x)
   return tuple(result[name] for name in outputs)
@@ -249,8 +231,7 @@ def padding_block(S: int, backend: str) -> int:
 def block_sizes(
   kernel: Callable, S: int, K: int, dtype, tangents: bool, backend: str, kind: str
 ) -> tuple[int, int]:
-  """(own, other): sizes of a program's own block and of the blocks that it loops over. Both divide
-  S, which is already padded.
+  """(own, other): sizes of a program's block and of the blocks that it loops over; divisors of S.
 
   Raises:
     ValueError: a head's keys and values do not fit in a TPU's VMEM.
@@ -259,7 +240,7 @@ def block_sizes(
   if backend == "pallas_tpu":
     block = math.gcd(S, 256 if tangents else 512)
     needed = 2 * arrays * (S + block) * max(K, 128) * size + 10 * block * block * 4
-    vmem = _vmem_bytes(kind)
+    vmem = device.of_kind(device.TPUS, kind).vmem_bytes
     if needed > vmem * 7 // 8:
       raise ValueError(
         f"attention over S = {S} needs {needed} bytes of VMEM, {kind or 'this TPU'} has {vmem}: "
@@ -279,10 +260,7 @@ def block_sizes(
 
 
 def _compiler_params(backend: str, kind: str) -> Any:
-  if backend == "pallas_tpu":
-    return device.tpu_params(_vmem_bytes(kind) * 15 // 16, *("parallel",) * 3)
-  return device.triton_params(warps=4, stages=STAGES)
-
-
-def _vmem_bytes(kind):
-  return device.of_kind(device.TPUS, kind or "TPU").vmem_bytes
+  if backend == "pallas_gpu":
+    return device.triton_params(warps=4, stages=STAGES)
+  vmem = device.of_kind(device.TPUS, kind).vmem_bytes
+  return device.tpu_params(vmem * 15 // 16, *("parallel",) * 3)

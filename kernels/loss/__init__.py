@@ -23,12 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from kernels.loss import pallas_gpu, pallas_tpu, reference, xla
 
-BACKENDS = {
-  "reference": reference,
-  "xla": xla,
-  "pallas_tpu": pallas_tpu,
-  "pallas_gpu": pallas_gpu,
-}
+BACKENDS = dict(reference=reference, xla=xla, pallas_tpu=pallas_tpu, pallas_gpu=pallas_gpu)
 
 
 def score_weighted_loss(
@@ -63,7 +58,7 @@ def score_weighted_loss(
   name = backend or "xla"  # until a benchmark on hardware shows it slower
   if name not in BACKENDS:
     raise ValueError(f"unknown loss backend {name!r}; choose one of {', '.join(BACKENDS)}")
-  _check(hidden, unembedding, targets, weights)
+  _check(hidden=hidden, unembedding=unembedding, targets=targets, weights=weights)
   weights = weights.astype(jnp.promote_types(hidden.dtype, jnp.float32))
   if name.startswith("pallas") and hidden.dtype not in (jnp.float32, jnp.bfloat16):
     raise ValueError(
@@ -73,12 +68,9 @@ def score_weighted_loss(
   return _loss(name, vocab_axis, hidden, unembedding, targets, weights)
 
 
-def _check(hidden, unembedding, targets, weights):
-  shapes = (
-    f"hidden {hidden.dtype}{list(hidden.shape)}, unembedding {unembedding.dtype}"
-    f"{list(unembedding.shape)}, targets {targets.dtype}{list(targets.shape)}, "
-    f"weights {weights.dtype}{list(weights.shape)}"
-  )
+def _check(**arrays):
+  hidden, unembedding, targets, weights = arrays.values()
+  shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in arrays.items())
   if hidden.ndim != 2 or unembedding.ndim != 2 or hidden.shape[1] != unembedding.shape[1]:
     raise ValueError(f"hidden must be [N, D] and unembedding [V, D]: {shapes}")
   if not (hidden.size and unembedding.size):
@@ -97,40 +89,34 @@ def _loss(backend, vocab_axis, hidden, unembedding, targets, weights):
   return jnp.sum(weights * nll), nll
 
 
-def _loss_fwd(backend, vocab_axis, hidden, unembedding, targets, weights):
-  perturbed = hidden.perturbed or unembedding.perturbed
-  hidden, unembedding, targets, weights = (x.value for x in (hidden, unembedding, targets, weights))
-  if not perturbed:  # only d loss / d weights = nll is needed: no gradient matmuls
-    nll = BACKENDS[backend].token_nll(hidden, unembedding, targets, vocab_axis)
-    return (jnp.sum(weights * nll), nll), (None, None, nll, None)
-  nll, d_hidden, d_unembedding = BACKENDS[backend].nll_and_grads(
-    hidden, unembedding, targets, weights, vocab_axis
-  )
-  inputs = (hidden, unembedding, targets)
-  return (jnp.sum(weights * nll), nll), (d_hidden, d_unembedding, nll, inputs)
+def _loss_fwd(backend, vocab_axis, *arrays):
+  perturbed = any(x.perturbed for x in arrays[:2])
+  *inputs, weights = (x.value for x in arrays)
+  if perturbed:
+    nll, *grads = BACKENDS[backend].nll_and_grads(*inputs, weights, vocab_axis)
+    residuals = nll, inputs, grads
+  else:  # only d loss / d weights = nll is needed: no gradient matmuls
+    nll = BACKENDS[backend].token_nll(*inputs, vocab_axis)
+    residuals = nll, None, None
+  return (jnp.sum(weights * nll), nll), residuals
 
 
 def _loss_bwd(backend, vocab_axis, residuals, cotangents):
-  d_hidden, d_unembedding, nll, inputs = residuals
-  ct_loss, ct_nll = cotangents
-  if isinstance(ct_loss, SymbolicZero):
+  nll, inputs, grads = residuals
+  ct_loss, ct_nll = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
+  if ct_loss is None:
     ct_loss = jnp.zeros((), nll.dtype)
-  weights_share = ct_loss
-  if vocab_axis is not None:  # every shard's loss depends on this shard's hidden and unembedding
-    ct_loss = jax.lax.psum(ct_loss, vocab_axis)
-    ct_nll = ct_nll if isinstance(ct_nll, SymbolicZero) else jax.lax.psum(ct_nll, vocab_axis)
-  ct_weights = weights_share * nll
+  ct_weights = ct_loss * nll
   if inputs is None:
     return None, None, None, ct_weights
+  if vocab_axis is not None:  # every shard's loss depends on this shard's hidden and unembedding
+    ct_loss, ct_nll = jax.lax.psum((ct_loss, ct_nll), vocab_axis)
   # In float32: rounding the cotangent to bfloat16 would scale the whole gradient by the error.
-  ct_hidden = (ct_loss * d_hidden).astype(d_hidden.dtype)
-  ct_unembedding = (ct_loss * d_unembedding).astype(d_unembedding.dtype)
-  if not isinstance(
-    ct_nll, SymbolicZero
-  ):  # nll was read too: its cotangent takes the place of the weights
-    _, more_hidden, more_unembedding = BACKENDS[backend].nll_and_grads(*inputs, ct_nll, vocab_axis)
-    ct_hidden, ct_unembedding = ct_hidden + more_hidden, ct_unembedding + more_unembedding
-  return ct_hidden, ct_unembedding, None, ct_weights
+  ct_inputs = [(ct_loss * grad).astype(grad.dtype) for grad in grads]
+  if ct_nll is not None:  # nll was read too: its cotangent takes the place of the weights
+    _, *more = BACKENDS[backend].nll_and_grads(*inputs, ct_nll, vocab_axis)
+    ct_inputs = [x + y for x, y in zip(ct_inputs, more, strict=True)]
+  return *ct_inputs, None, ct_weights
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)

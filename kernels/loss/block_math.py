@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.device import dot
+from kernels.device import dot, matmul_tangent
 
 
 class Statistics(NamedTuple):
@@ -52,15 +52,10 @@ def merge(parts: Statistics) -> Statistics:
   """The statistics of all blocks together, from one entry per block on the first axis."""
   maximum = jnp.max(parts.maximum, 0)
   share = jnp.exp(parts.maximum - maximum)
-  scaled = lambda x: None if x is None else jnp.sum(share * x, 0)
-  plain = lambda x: None if x is None else jnp.sum(x, 0)
-  return Statistics(
-    maximum,
-    scaled(parts.total),
-    plain(parts.target),
-    scaled(parts.weighted),
-    plain(parts.d_target),
-  )
+  scale = lambda x: jnp.sum(share * x, 0)
+  total, weighted = jax.tree.map(scale, (parts.total, parts.weighted))
+  target, d_target = jax.tree.map(lambda x: jnp.sum(x, 0), (parts.target, parts.d_target))
+  return Statistics(maximum, total, target, weighted, d_target)
 
 
 def finish(stats: Statistics):
@@ -69,36 +64,26 @@ def finish(stats: Statistics):
   return stats.maximum + jnp.log(stats.total), stats.target, mean, stats.d_target
 
 
-def logit_cotangent(z_NV, lse_N1, weights_N1, hit_NV, valid_NV):
-  """q, the derivative of the loss by the logits; 0 where not `valid`."""
-  p_NV = jnp.exp(z_NV - lse_N1)
-  return jnp.where(valid_NV, weights_N1 * (p_NV - hit_NV.astype(p_NV.dtype)), 0)
+def logit_cotangents(z_NV, dz_NV, columns: dict[str, jax.Array], hit_NV, valid_NV):
+  """(q, q') [N, V], 0 where not `valid`; (q, q) without tangents.
+
+  The columns [N, 1] are lse and c; with tangents also s ("mean") and, unless zero, c' ("dc").
+  """
+  c_N1 = columns["c"]
+  p_NV = jnp.exp(z_NV - columns["lse"])
+  error_NV = p_NV - hit_NV.astype(p_NV.dtype)
+  q_NV = jnp.where(valid_NV, c_N1 * error_NV, 0)
+  if dz_NV is None:
+    return q_NV, q_NV
+  dq_NV = c_N1 * p_NV * (dz_NV - columns["mean"])
+  if "dc" in columns:
+    dq_NV += columns["dc"] * error_NV
+  return q_NV, jnp.where(valid_NV, dq_NV, 0)
 
 
-def logit_cotangent_tangent(z, lse_N1, weights_N1, hit, valid, dz, mean_N1, d_weights_N1):
-  """(q, q') [N, V]."""
-  p = jnp.exp(z - lse_N1)
-  error = p - hit.astype(p.dtype)
-  dq = weights_N1 * p * (dz - mean_N1)
-  if d_weights_N1 is not None:
-    dq = dq + d_weights_N1 * error
-  return jnp.where(valid, weights_N1 * error, 0), jnp.where(valid, dq, 0)
-
-
-def logits(h_ND, w_VD):
-  return dot(h_ND, w_VD, (1, 1))
-
-
-def logit_tangents(h_ND, w_VD, dh_ND, dw_VD):
-  """z' = h' W^T + h W'^T."""
-  return add(
-    None if dh_ND is None else dot(dh_ND, w_VD, (1, 1)),
-    None if dw_VD is None else dot(h_ND, dw_VD, (1, 1)),
-  )
-
-
-def add(a, b):
-  return b if a is None else a if b is None else a + b
+def logits(h_ND, w_VD, dh_ND, dw_VD):
+  """(z, z'); z' is None without tangents."""
+  return dot(h_ND, w_VD, (1, 1)), matmul_tangent(h_ND, dh_ND, w_VD, dw_VD, (1, 1))
 
 
 def _sum_where(condition, x):

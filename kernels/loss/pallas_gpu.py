@@ -10,17 +10,12 @@
 Kernels, one program per tile, V fastest so that a chunk of W is read from L2:
   statistics  max, sum exp, z[y] (with tangents s, z'[y]) of each tile, [V tiles, N], merged by XLA
   cotangents  q (and q') of the chunk from recomputed logits, [N, chunk_V] in the matmuls' dtype
-The library's matmuls follow: d_h += q W, d_W[chunk] = q^T h (tangents by the product rule). d_h is
-not fused, because a [block_N, D] accumulator does not fit in registers (1,280 x 128 float32 are
-640 KiB, an SM has 256 KiB); the library's matmuls also use wgmma.
+The library's matmuls follow: d_h += q W, d_W[chunk] = q^T h (tangents by the product rule).
 
 Matmul units (2 N D V FLOPs): statistics 1 [tangents 3], q 1 [3], library 2 [4]: 4 [10] in total.
-The minimum is 3 [7]; it takes logits of whole tokens, so a pass over d_W for each chunk of tokens.
 HBM traffic per chunk in bytes, element sizes e and w (of W): e N D to read h, 3 e N chunk_V to
 write q and read it twice, 16 N D to add to d_h in float32, (w + 2 e) chunk_V D for W and its cast,
-w chunk_V D for d_W. Chunks of tokens would need a float32 [V, D] accumulator for d_W.
-
-Any N, D, V: the kernels mask ragged ends, and the last chunk has its own size.
+w chunk_V D for d_W. The kernels mask ragged ends, and the last chunk has its own size.
 """
 
 from functools import partial
@@ -47,8 +42,8 @@ class Preferred(NamedTuple):
   stages: int
 
 
-# By device kind. Derived from shared memory and registers (a 128 x 128 float32 tile takes 64 of
-# them per thread with 8 warps), not measured.
+# Derived from shared memory and registers (64 per thread for a 128 x 128 float32 tile in 8 warps),
+# not measured.
 PREFERRED = {
   "NVIDIA H": Preferred((128, 256, 64), (128, 128, 64), 8, 3),
   "NVIDIA A100": Preferred((128, 256, 32), (128, 128, 32), 8, 3),
@@ -75,7 +70,9 @@ def block_sizes(n: int, d: int, v: int, dtype, kind: str, tangents: bool) -> Blo
     min(block, max(16, pl.next_power_of_2(size)))
     for block, size in ((block_N, n), (block_V, v), (block_D, d))
   )
-  while shared_bytes(block_N, block_V, block_D, stages, dtype, tangents) > available:
+  # A block each of h and W (and of their tangents) per stage of the pipeline.
+  row = (block_N + block_V) * jnp.dtype(dtype).itemsize * (2 if tangents else 1)
+  while stages * block_D * row > available:
     if stages > 2:
       stages -= 1
     else:
@@ -83,65 +80,56 @@ def block_sizes(n: int, d: int, v: int, dtype, kind: str, tangents: bool) -> Blo
   # Whole tiles. A chunk size that divides V, if there is one, saves a smaller last chunk's buffers.
   most = min(max(CHUNK_ELEMENTS // n, 1024) // block_V, pl.cdiv(v, block_V)) * block_V
   chunk_V = min(range(block_V, most + 1, block_V), key=lambda c: (c <= most // 2, v % c > 0, -c))
-  chunk_V = min(v, chunk_V)
-  return Blocks(block_N, block_V, block_D, chunk_V, preferred.warps, stages)
+  return Blocks(block_N, block_V, block_D, min(v, chunk_V), preferred.warps, stages)
 
 
-def shared_bytes(block_N, block_V, block_D, stages, dtype, tangents) -> int:
-  """Shared memory: a block each of h and W (and their tangents) per stage of the pipeline."""
-  operands = (block_N + block_V) * block_D * jnp.dtype(dtype).itemsize
-  return stages * operands * (2 if tangents else 1)
-
-
-def _statistics(h, w, y, dh, dw):
-  tangents = dh is not None or dw is not None
-  blocks = _blocks(h, w, tangents)
-  empty = block_math.empty(h.shape[0], tangents)
-  total = jax.tree.map(lambda x: x[:, 0], empty)
+def _statistics(x):
+  tangents = "dh" in x or "dw" in x
+  blocks = _blocks(x, tangents)
+  empty = block_math.empty(len(x["h"]), tangents)
 
   def chunk(start, size, total):
-    w_chunk, dw_chunk = (_rows(x, start, size, h.dtype) for x in (w, dw))
-    x = dict(h=h, w=w_chunk, y=y - start, dh=dh, dw=dw_chunk)
-    parts = _call(_statistics_kernel, x, blocks, size, empty)
+    parts = _call(_statistics_kernel, _inputs(x, start, size), blocks, size, empty)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), total, parts)
     return block_math.merge(both)
 
-  return block_math.finish(_chunks(chunk, w.shape[0], blocks.chunk_V, total))
+  total = jax.tree.map(lambda x: x[:, 0], empty)
+  return block_math.finish(_chunks(chunk, x["w"].shape[0], blocks.chunk_V, total))
 
 
-def _gradients(h, w, y, c, lse):
-  return _accumulate(dict(h=h, y=y, c=c, lse=lse), w, None)
-
-
-def _tangents(h, w, y, c, lse, mean, dh, dw, dc):
-  return _accumulate(dict(h=h, y=y, c=c, lse=lse, mean=mean, dh=dh, dc=dc), w, dw)
-
-
-def _accumulate(x, w, dw):
+def _gradients(x):
   """(d_h, d_W), or their tangents if x has `mean`."""
-  h, dh = x["h"], x.get("dh")
+  h, w = x["h"], x["w"]
   tangents = "mean" in x
-  blocks = _blocks(h, w, tangents)
+  blocks = _blocks(x, tangents)
 
   def chunk(start, size, carry):
     d_hidden, d_table = carry
-    w_chunk, dw_chunk = (_rows(x, start, size, h.dtype) for x in (w, dw))
-    inputs = x | dict(w=w_chunk, y=x["y"] - start, dw=dw_chunk)
-    q = (0, 0) if tangents else (0,)
-    q, *dq = _call(_cotangent_kernel, inputs, blocks, size, q)
-    slope = dq[0] if tangents else q
-    d_hidden += device.dot(slope, w_chunk, (1, 0))
-    rows = device.dot(slope, h, (0, 0))
-    if dw is not None:
-      d_hidden += device.dot(q, dw_chunk, (1, 0))
-    if dh is not None:
-      rows += device.dot(q, dh, (0, 0))
-    rows = rows.astype(d_table.dtype)
+    inputs = _inputs(x, start, size)
+    out = _call(_cotangent_kernel, inputs, blocks, size, (0, 0) if tangents else (0,))
+    q, dq = out[0], out[-1]
+    d_hidden = device.matmul_tangent(q, dq, inputs["w"], inputs.get("dw"), (1, 0), d_hidden)
+    rows = device.matmul_tangent(q, dq, h, x.get("dh"), (0, 0)).astype(w.dtype)
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_table, rows, start, 0)
 
   zero = jnp.zeros(h.shape, jnp.float32), jnp.zeros_like(w)
   d_hidden, d_table = _chunks(chunk, w.shape[0], blocks.chunk_V, zero)
   return d_hidden.astype(h.dtype), d_table
+
+
+token_nll, nll_and_grads = differentiable("pallas_gpu", _statistics, _gradients)
+
+
+def _blocks(x, tangents):
+  n, d = x["h"].shape
+  kind = device.kind("pallas_gpu") or ""
+  return block_sizes(n, d, x["w"].shape[0], x["h"].dtype, kind, tangents)
+
+
+def _inputs(x, start, size):
+  """The inputs of a chunk of the vocabulary, in the matmuls' dtype."""
+  rows = lambda table: jax.lax.dynamic_slice_in_dim(table, start, size).astype(x["h"].dtype)
+  return x | {k: rows(x[k]) for k in ("w", "dw") if k in x} | dict(y=x["y"] - start)
 
 
 def _chunks(body, v, chunk_V, carry):
@@ -155,22 +143,22 @@ def _chunks(body, v, chunk_V, carry):
 def _call(kernel, x, blocks, size, outputs):
   """`kernel` on every tile of [N, size]; the outputs have the tree structure of `outputs`."""
   n, d = x["h"].shape
-  tiles = pl.cdiv(size, blocks.block_V), pl.cdiv(n, blocks.block_N)
-  padded_D = pl.cdiv(d, blocks.block_D) * blocks.block_D
-  token = pl.BlockSpec((blocks.block_N, padded_D), lambda j, i: (i, 0))
-  table = pl.BlockSpec((blocks.block_V, padded_D), lambda j, i: (j, 0))
-  column = pl.BlockSpec((blocks.block_N,), lambda j, i: (i,))
+  block_N, block_V, block_D, *_ = blocks
+  tiles = pl.cdiv(size, block_V), pl.cdiv(n, block_N)
+  padded_D = pl.cdiv(d, block_D) * block_D
+  token = pl.BlockSpec((block_N, padded_D), lambda j, i: (i, 0))
+  table = pl.BlockSpec((block_V, padded_D), lambda j, i: (j, 0))
+  column = pl.BlockSpec((block_N,), lambda j, i: (i,))
   specs = {"h": token, "dh": token, "w": table, "dw": table}
   if kernel is _statistics_kernel:
-    out_spec = pl.BlockSpec((None, blocks.block_N), lambda j, i: (j, i))
+    out_spec = pl.BlockSpec((None, block_N), lambda j, i: (j, i))
     out_shape = jax.ShapeDtypeStruct((tiles[0], n), jnp.float32)
   else:
-    out_spec = pl.BlockSpec((blocks.block_N, blocks.block_V), lambda j, i: (i, j))
+    out_spec = pl.BlockSpec((block_N, block_V), lambda j, i: (i, j))
     out_shape = jax.ShapeDtypeStruct((n, size), x["h"].dtype)
-  x = {name: value for name, value in x.items() if value is not None}
   (out,) = pl.pallas_call(
-    partial(kernel, shape=(n, size, d), block_D=blocks.block_D),
-    name=f"{kernel.__name__.strip('_')}_{blocks.block_N}x{blocks.block_V}x{blocks.block_D}",
+    partial(kernel, shape=(n, size, d), block_D=block_D),
+    name=f"{kernel.__name__.strip('_')}_{block_N}x{block_V}x{block_D}",
     grid=tiles,
     in_specs=[{name: specs.get(name, column) for name in x}],
     out_specs=[jax.tree.map(lambda _: out_spec, outputs)],
@@ -178,9 +166,9 @@ def _call(kernel, x, blocks, size, outputs):
     interpret=device.kind("pallas_gpu") is None,
     compiler_params=device.triton_params(blocks.warps, blocks.stages),
     cost_estimate=pl.CostEstimate(
-      2 * n * d * size * (1 + ("dh" in x) + ("dw" in x)),
-      n * size,
-      sum(value.size * value.dtype.itemsize for value in x.values()),
+      flops=2 * n * d * size * (1 + ("dh" in x) + ("dw" in x)),
+      transcendentals=n * size,
+      bytes_accessed=sum(value.nbytes for value in x.values()),
     ),
   )(x)
   return out
@@ -195,13 +183,9 @@ def _statistics_kernel(x, out, *, shape, block_D):
 
 def _cotangent_kernel(x, out, *, shape, block_D):
   z, dz, hit, valid, token = _tile(x, shape, block_D)
-  column = {name: _column(x[name], token) for name in ("lse", "c", "mean", "dc") if name in x}
-  if dz is None:
-    q = (block_math.logit_cotangent(z, column["lse"], column["c"], hit, valid),)
-  else:
-    columns = column["mean"], column.get("dc")
-    q = block_math.logit_cotangent_tangent(z, column["lse"], column["c"], hit, valid, dz, *columns)
-  for ref, value in zip(out, q, strict=True):
+  columns = {name: _column(x[name], token) for name in ("lse", "c", "mean", "dc") if name in x}
+  values = block_math.logit_cotangents(z, dz, columns, hit, valid)
+  for ref, value in zip(out, values, strict=False):  # q alone without tangents
     triton.store(ref, value.astype(ref.dtype), mask=valid & token[:, None])
 
 
@@ -209,10 +193,8 @@ def _tile(x, shape, block_D):
   """(z, z' or None, hit, valid [block_N, block_V], which tokens exist [block_N])."""
   n, v, d = shape
   block_N, block_V = x["h"].shape[0], x["w"].shape[0]
-  row = pl.program_id(1) * block_N + jnp.arange(block_N)
+  token = pl.program_id(1) * block_N + jnp.arange(block_N) < n
   column = pl.program_id(0) * block_V + jnp.arange(block_V)
-  zero = jnp.zeros((block_N, block_V), jnp.float32)
-  tangents = "dh" in x or "dw" in x
 
   def step(k, sums):
     within = jnp.arange(block_D) + k * block_D < d
@@ -223,31 +205,17 @@ def _tile(x, shape, block_D):
       ref = x[name].at[:, pl.ds(k * block_D, block_D)]
       return triton.load(ref, mask=exists[:, None] & within[None], other=0)
 
-    h, dh, w, dw = (
-      load("h", row < n),
-      load("dh", row < n),
-      load("w", column < v),
-      load("dw", column < v),
-    )
-    z = sums[0] + block_math.logits(h, w)
-    return (z, sums[1] + block_math.logit_tangents(h, w, dh, dw)) if tangents else (z,)
+    h, dh = (load(name, token) for name in ("h", "dh"))
+    w, dw = (load(name, column < v) for name in ("w", "dw"))
+    return jax.tree.map(jnp.add, sums, block_math.logits(h, w, dh, dw))
 
-  z, *dz = jax.lax.fori_loop(0, pl.cdiv(d, block_D), step, (zero, zero) if tangents else (zero,))
-  hit = _column(x["y"], row < n) == column[None]
+  zero = jnp.zeros((block_N, block_V), jnp.float32)
+  sums = zero, zero if "dh" in x or "dw" in x else None
+  z, dz = jax.lax.fori_loop(0, pl.cdiv(d, block_D), step, sums)
+  hit = _column(x["y"], token) == column[None]
   valid = jnp.broadcast_to((column < v)[None], z.shape)
-  return z, dz[0] if dz else None, hit, valid, row < n
+  return z, dz, hit, valid, token
 
 
 def _column(ref, token):
   return triton.load(ref, mask=token, other=0)[:, None]
-
-
-token_nll, nll_and_grads = differentiable("pallas_gpu", _statistics, _gradients, _tangents)
-
-
-def _blocks(h, w, tangents):
-  return block_sizes(*h.shape, w.shape[0], h.dtype, device.kind("pallas_gpu") or "", tangents)
-
-
-def _rows(x, start, size, dtype):
-  return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size).astype(dtype)

@@ -1,13 +1,15 @@
 """The score-weighted loss as Mosaic kernels for TPUs.
 
-Statistics: lse and z[y] (with tangents also s and z'[y]) of all tokens; 1 matmul unit (3).
+A matmul unit is 2 N D V FLOPs; numbers for tangents are in brackets.
+
+Statistics: lse and z[y] (with tangents also s and z'[y]) of all tokens; 1 unit [3].
 
               V: inner, W [block_V, D] streams by          grid (N blocks, V blocks)
             +------+------+------+-- -+
   N: outer  |  z   |  z   |  z   |    |  stays in VMEM: h [block_N, D], the running sums
             +------+------+------+-- -+  [block_N, 1]; a tile of z lives for one step
 
-Gradients: d_h and d_W from recomputed z; 3 units (7 for their tangents), 4 (10) in total.
+Gradients: d_h and d_W from recomputed z; 3 units [7], 4 [10] in total.
 
               V: outer, in 1 or 2 cores        grid (cores, V blocks of a core, N blocks)
             +------+------+
@@ -17,18 +19,14 @@ Gradients: d_h and d_W from recomputed z; 3 units (7 for their tangents), 4 (10)
             +------+------+  the write with the next step's
             :      :      :
 
-A unit is 2 N D V FLOPs. The minimum is 3 for a gradient and 7 for forward-over-reverse; it takes
-[N, V] logits in memory or a pass over d_W for each chunk of tokens, as in the `xla` backend.
-HBM traffic in bytes, with element sizes e (h) and w (W); factors for tangents in brackets:
+HBM traffic in bytes, with element sizes e (h) and w (W):
   statistics  e N D [2x] + w V D [2x] N / block_N       minimum e N D + w V D
   gradients   (e [2x] + 8) N D V / block_V + 2 w V D [1.5x]
-Accumulating d_h in VMEM and d_W in HBM would cost (w [2x] + 8) V D N / block_N: the same for equal
-blocks, but with 4 V D more bytes of memory for d_W in float32. A gradient step does 6 block_N
-block_V D FLOPs per 10 block_N D bytes (bfloat16): 0.6 block_V FLOPs per byte [1.2 block_V].
+A gradient step does 6 block_N block_V D FLOPs per 10 block_N D bytes (bfloat16): 0.6 block_V FLOPs
+per byte [1.2 block_V].
 
-Any N, D, V: tokens of weight 0 pad N to whole blocks (a copy of h), zeros pad D to whole lanes of
-128 (a copy of h and W), and the kernel masks the end of V without a copy. v4 and v5p have two cores
-per chip: each takes half of the vocabulary and sums its own d_h; the two are added afterwards.
+Tokens of weight 0 pad N to whole blocks and zeros pad D to whole lanes; the end of V is masked. v4
+and v5p have two cores per chip: each takes half of the vocabulary and sums its own d_h.
 """
 
 from functools import partial
@@ -46,6 +44,7 @@ from kernels.loss.second_order import differentiable
 INTERPRET: bool | pltpu.InterpretParams = True  # without a TPU; tests watch for races
 
 LANES = 128
+TABLES = "w", "dw"  # the inputs that have a row per column of the vocabulary
 
 
 class Preferred(NamedTuple):
@@ -57,20 +56,17 @@ class Preferred(NamedTuple):
   tangents: tuple[int, int]
 
 
-# By device kind. Derived from the FLOPs per byte above, not measured: v6e needs 560, v5e 240,
-# v5p 166.
+# Derived from the FLOPs per byte above, not measured: v6e needs 560, v5e 240, v5p 166.
 PREFERRED = {
   "TPU v5 lite": Preferred((1024, 1280), (512, 1280), (1024, 640), (512, 640)),
   "TPU v6 lite": Preferred((2048, 640), (512, 1280), (1024, 640), (512, 640)),
   "TPU v5": Preferred((1024, 640), (512, 640), (512, 640), (256, 640)),
   "TPU v4": Preferred((512, 256), (256, 256), (256, 256), (128, 256)),
-  "TPU": Preferred((1024, 640), (512, 640), (512, 640), (256, 640)),
+  "": Preferred((1024, 640), (512, 640), (512, 640), (256, 640)),
 }
 
 
 class Blocks(NamedTuple):
-  """Sizes of one pass."""
-
   block_N: int
   block_V: int
   cores: int
@@ -99,7 +95,7 @@ def block_sizes(n, d, v, dtype, w_dtype, kind: str, kernel: str) -> Blocks:
     else:
       raise ValueError(
         f"pallas_tpu: {kernel} with D = {d} needs {needed} bytes of VMEM in the smallest blocks, "
-        f"{kind} has {chip.vmem_bytes}; use backend='xla'"
+        f"{kind or 'this TPU'} has {chip.vmem_bytes}; use backend='xla'"
       )
   cores = cores if pl.cdiv(v, even_V) % cores == 0 else 1
   return Blocks(even_N, even_V, cores, chip.vmem_bytes * 15 // 16)
@@ -137,31 +133,17 @@ def vmem_bytes(block_N, block_V, d, dtype, w_dtype, kernel) -> int:
   return tokens + table + columns + tiles + cast + parts + d_table + d_tokens + product
 
 
-def _statistics(h, w, y, dh, dw):
-  return _statistics_call(dict(h=h, w=w, y=y, dh=dh, dw=dw))
-
-
-def _gradients(h, w, y, c, lse):
-  return _gradients_call(dict(h=h, w=w, y=y, c=c, lse=lse))
-
-
-def _tangents(h, w, y, c, lse, mean, dh, dw, dc):
-  return _gradients_call(dict(h=h, w=w, y=y, c=c, lse=lse, mean=mean, dh=dh, dw=dw, dc=dc))
-
-
-def _statistics_call(x):
-  n, (v, d) = x["h"].shape[0], x["w"].shape
-  tangents = x["dh"] is not None or x["dw"] is not None
+def _statistics(x):
+  tangents = "dh" in x or "dw" in x
   kernel = "tangent_statistics" if tangents else "statistics"
-  b = block_sizes(n, d, v, x["h"].dtype, x["w"].dtype, _kind(), kernel)
+  n, v = x["h"].shape[0], x["w"].shape[0]
+  b = _blocks(x, kernel)
   rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V)
   x = _padded(x, rows * b.block_N)
-  d = x["h"].shape[1]
   token = lambda width: pl.BlockSpec((b.block_N, width), lambda i, j: (i, 0))
-  table = pl.BlockSpec((b.block_V, d), lambda i, j: (j, 0))
+  table = pl.BlockSpec((b.block_V, x["h"].shape[1]), lambda i, j: (j, 0))
   column = jax.ShapeDtypeStruct((rows * b.block_N, 1), jnp.float32)
   running = pltpu.VMEM((b.block_N, 1), jnp.float32)
-  form = block_math.Statistics(*(0,) * 3, *((0, 0) if tangents else (None, None)))
   outputs = (0, 0, 0, 0) if tangents else (0, 0, None, None)
   (out,) = pl.pallas_call(
     partial(_statistics_kernel, vocabulary=v),
@@ -170,7 +152,7 @@ def _statistics_call(x):
     in_specs=[_specs(x, token, table)],
     out_specs=[jax.tree.map(lambda _: token(1), outputs)],
     out_shape=[jax.tree.map(lambda _: column, outputs)],
-    scratch_shapes=[jax.tree.map(lambda _: running, form)],
+    scratch_shapes=[jax.tree.map(lambda _: running, block_math.empty(1, tangents))],
     interpret=device.kind("pallas_tpu") is None and INTERPRET,
     compiler_params=device.tpu_params(b.vmem_limit_bytes, "parallel", "arbitrary"),
     cost_estimate=_cost(x, v, 3 if tangents else 1, table_passes=rows),
@@ -180,36 +162,33 @@ def _statistics_call(x):
 
 def _statistics_kernel(x, out, stats, *, vocabulary):
   j = pl.program_id(1)
+  values = lambda: jax.tree.map(lambda ref: ref[...], stats)
 
   @pl.when(j == 0)
   def _():
     empty = block_math.empty(x["h"].shape[0], stats.weighted is not None)
     jax.tree.map(_write, stats, empty)
 
-  h, w, dh, dw = (_read(x[name], x["h"].dtype) for name in ("h", "w", "dh", "dw"))
-  z, dz = block_math.logits(h, w), block_math.logit_tangents(h, w, dh, dw)
+  z, dz = block_math.logits(*_read(x, ("h", "w", "dh", "dw"), x["h"].dtype))
   hit, valid = _columns(x["y"][...], z.shape, j, vocabulary)
-  jax.tree.map(_write, stats, block_math.fold(jax.tree.map(_read, stats), z, dz, hit, valid))
+  jax.tree.map(_write, stats, block_math.fold(values(), z, dz, hit, valid))
 
   @pl.when(j == pl.num_programs(1) - 1)
   def _():
-    jax.tree.map(_write, out, block_math.finish(jax.tree.map(_read, stats)))
+    jax.tree.map(_write, out, block_math.finish(values()))
 
 
-def _gradients_call(x):
-  """(d_h, d_W), or (d_h', d_W') if `x` has tangents."""
-  n, (v, d), dtype = x["h"].shape[0], x["w"].shape, x["h"].dtype
+def _gradients(x):
+  """(d_h, d_W), or (d_h', d_W') if `x` has `mean`."""
   tangents = "mean" in x
   kernel = "tangents" if tangents else "gradients"
-  b = block_sizes(n, d, v, dtype, x["w"].dtype, _kind(), kernel)
+  (n, d), v, dtype = x["h"].shape, x["w"].shape[0], x["h"].dtype
+  b = _blocks(x, kernel)
   rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V) // b.cores
   x = _padded(x, rows * b.block_N)
   wide = x["h"].shape[1]
   token = lambda width: pl.BlockSpec((b.block_N, width), lambda core, j, i: (i, 0))
   table = pl.BlockSpec((b.block_V, wide), lambda core, j, i: (core * blocks_V + j, 0))
-  tables = {
-    name: pltpu.VMEM((b.block_V, wide), dtype) for name in ("w", "dw") if x.get(name) is not None
-  }
   d_hidden, d_table = pl.pallas_call(
     partial(_gradients_kernel, vocabulary=v),
     name=f"{kernel}_{b.block_N}x{b.block_V}",
@@ -221,7 +200,7 @@ def _gradients_call(x):
       jax.ShapeDtypeStruct((v, wide), x["w"].dtype),
     ],
     scratch_shapes=[
-      tables,
+      {name: pltpu.VMEM((b.block_V, wide), dtype) for name in TABLES if name in x},
       pltpu.VMEM((b.block_V, wide), jnp.float32),
       pltpu.VMEM((2, b.block_N, wide), jnp.float32),
       pltpu.SemaphoreType.DMA((2,)),
@@ -238,56 +217,37 @@ def _gradients_kernel(x, d_hidden, d_table, tables, total, slots, reading, writi
   core, j, i = (pl.program_id(axis) for axis in range(3))
   blocks_V, blocks_N = pl.num_programs(1), pl.num_programs(2)
   block_V, block_N = total.shape[0], x["h"].shape[0]
-  first_column = (core * blocks_V + j) * block_V
   step = j * blocks_N + i
   slot = jax.lax.rem(step, 2)
   in_hbm = lambda i: d_hidden.at[core, pl.ds(i * block_N, block_N)]
   read = pltpu.make_async_copy(in_hbm(i), slots.at[slot], reading.at[slot])
 
   def written(step):
-    slot = jax.lax.rem(step, 2)
-    return pltpu.make_async_copy(
-      slots.at[slot], in_hbm(jax.lax.rem(step, blocks_N)), writing.at[slot]
-    )
+    slot, block = jax.lax.rem(step, 2), jax.lax.rem(step, blocks_N)
+    return pltpu.make_async_copy(slots.at[slot], in_hbm(block), writing.at[slot])
 
-  @pl.when((blocks_N == 1) & (step > 0))
-  def _():  # the only block must be written before it is read again
-    written(step - 1).wait()
-
-  @pl.when(j > 0)
-  def _():
-    read.start()
+  # If there is one block, it must be written before it is read again.
+  pl.when((blocks_N == 1) & (step > 0))(lambda: written(step - 1).wait())
+  pl.when(j > 0)(read.start)
 
   @pl.when(i == 0)
   def _():  # rows past the end of V may hold NaN, and 0 times NaN is not 0
-    row = first_column + jax.lax.broadcasted_iota(jnp.int32, (block_V, 1), 0)
+    row = (core * blocks_V + j) * block_V + jax.lax.broadcasted_iota(jnp.int32, (block_V, 1), 0)
     for name, ref in tables.items():
       ref[...] = jnp.where(row < vocabulary, x[name][...], 0).astype(ref.dtype)
     total[...] = jnp.zeros(total.shape, total.dtype)
 
-  h, dh, c, lse = (_read(x.get(name)) for name in ("h", "dh", "c", "lse"))
-  w, dw = tables["w"][...], _read(tables.get("dw"))
-  z = block_math.logits(h, w)
+  h, dh, w, dw = _read(x | tables, ("h", "dh", "w", "dw"), x["h"].dtype)
+  z, dz = block_math.logits(h, w, dh, dw)
   hit, valid = _columns(x["y"][...], z.shape, core * blocks_V + j, vocabulary)
-  if "mean" not in x:
-    q = block_math.logit_cotangent(z, lse, c, hit, valid).astype(h.dtype)
-    contribution = device.dot(q, w, (1, 0))
-    total[...] += device.dot(q, h, (0, 0))
-  else:
-    dz = block_math.logit_tangents(h, w, dh, dw)
-    mean, dc = x["mean"][...], _read(x["dc"])
-    q, dq = block_math.logit_cotangent_tangent(z, lse, c, hit, valid, dz, mean, dc)
-    q, dq = q.astype(h.dtype), dq.astype(h.dtype)
-    contribution = device.dot(dq, w, (1, 0))
-    total[...] += device.dot(dq, h, (0, 0))
-    if dw is not None:
-      contribution += device.dot(q, dw, (1, 0))
-    if dh is not None:
-      total[...] += device.dot(q, dh, (0, 0))
+  columns = {name: x[name][...] for name in ("lse", "c", "mean", "dc") if name in x}
+  q, dq = block_math.logit_cotangents(z, dz, columns, hit, valid)
+  q, dq = q.astype(h.dtype), dq.astype(h.dtype)
+  contribution = device.matmul_tangent(q, dq, w, dw, (1, 0))
+  total[...] = device.matmul_tangent(q, dq, h, dh, (0, 0), total[...])
 
-  @pl.when((blocks_N > 1) & (step > 0))
-  def _():  # frees the other slot for the next step's read
-    written(step - 1).wait()
+  # Frees the other slot for the next step's read.
+  pl.when((blocks_N > 1) & (step > 0))(lambda: written(step - 1).wait())
 
   @pl.when(j > 0)
   def _():
@@ -299,10 +259,7 @@ def _gradients_kernel(x, d_hidden, d_table, tables, total, slots, reading, writi
     slots[slot] = contribution
 
   written(step).start()
-
-  @pl.when(step == blocks_V * blocks_N - 1)
-  def _():
-    written(step).wait()
+  pl.when(step == blocks_V * blocks_N - 1)(lambda: written(step).wait())
 
   @pl.when(i == blocks_N - 1)
   def _():
@@ -315,47 +272,42 @@ def _columns(targets_N1, shape, block, vocabulary):
   return column == targets_N1, column < vocabulary
 
 
-token_nll, nll_and_grads = differentiable("pallas_tpu", _statistics, _gradients, _tangents)
+token_nll, nll_and_grads = differentiable("pallas_tpu", _statistics, _gradients)
+
+
+def _blocks(x, kernel):
+  (n, d), (v, _), kind = x["h"].shape, x["w"].shape, device.kind("pallas_tpu") or ""
+  return block_sizes(n, d, v, x["h"].dtype, x["w"].dtype, kind, kernel)
 
 
 def _padded(x, rows):
   """Pads tokens to `rows` and D to whole lanes with zeros; makes vectors columns."""
-  padded = {}
-  for name, value in x.items():
-    if value is not None:
-      value = value[:, None] if value.ndim == 1 else value
-      lanes = -value.shape[1] % LANES if name in ("h", "w", "dh", "dw") else 0
-      more = 0 if name in ("w", "dw") else rows - value.shape[0]
-      value = jnp.pad(value, [(0, more), (0, lanes)]) if more or lanes else value
-    padded[name] = value
-  return padded
+
+  def pad(name, value):
+    value = value[:, None] if value.ndim == 1 else value
+    lanes = -value.shape[1] % LANES if name in ("h", "w", "dh", "dw") else 0
+    more = 0 if name in TABLES else rows - value.shape[0]
+    return jnp.pad(value, [(0, more), (0, lanes)]) if more or lanes else value
+
+  return {name: pad(name, value) for name, value in x.items()}
 
 
 def _specs(x, token, table):
   """A block spec for each input: table, tokens or columns."""
-  return {
-    name: None if value is None else table if name in ("w", "dw") else token(value.shape[1])
-    for name, value in x.items()
-  }
+  return {name: table if name in TABLES else token(value.shape[1]) for name, value in x.items()}
 
 
 def _cost(x, v, units, token_passes=1, table_passes=1):
   n, d = x["h"].shape
-  sizes = {k: a.size * a.dtype.itemsize for k, a in x.items() if a is not None}
-  tokens = sum(size for k, size in sizes.items() if k not in ("w", "dw")) * token_passes
-  tables = sum(size for k, size in sizes.items() if k in ("w", "dw")) * table_passes
-  results = 8 * n * d * token_passes + sizes["w"] if "lse" in x else 0
-  return pl.CostEstimate(2 * units * n * d * v, n * v, tokens + tables + results)
+  passes = lambda name: table_passes if name in TABLES else token_passes
+  inputs = sum(value.nbytes * passes(name) for name, value in x.items())
+  results = 8 * n * d * token_passes + x["w"].nbytes if "lse" in x else 0
+  return pl.CostEstimate(2 * units * n * d * v, n * v, inputs + results)
 
 
-def _kind():
-  return device.kind("pallas_tpu") or "TPU"
-
-
-def _read(ref, dtype=None):
-  if ref is None:
-    return None
-  return ref[...] if dtype is None else ref[...].astype(dtype)
+def _read(refs, names, dtype):
+  """The arrays of these names, None where absent."""
+  return [refs[name][...].astype(dtype) if name in refs else None for name in names]
 
 
 def _write(ref, value):

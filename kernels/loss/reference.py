@@ -23,8 +23,6 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
 
   (d_hidden, d_unembedding), nll = jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, unembedding)
   if vocab_axis is not None:
-    shards = jax.lax.axis_size(
-      vocab_axis
-    )  # each shard computes the whole loss, and shard_map adds them up
+    shards = jax.lax.axis_size(vocab_axis)  # each computes the whole loss, and shard_map adds up
     d_hidden, d_unembedding = d_hidden / shards, d_unembedding / shards
   return nll, d_hidden, d_unembedding

@@ -18,13 +18,9 @@ CHUNK_ELEMENTS = 2**25  # logits per chunk, at most: 128 MiB in float32
 
 def token_nll(hidden, unembedding, targets, vocab_axis=None):
   """[N, D], [V, D], [N] -> nll [N] float32."""
-  unembedding = unembedding.astype(hidden.dtype)
-  targets = shard_targets(targets, unembedding, vocab_axis)
-
-  def chunk(hidden_CD, targets_C):
-    logits_CV = _centered_logits(hidden_CD, unembedding, vocab_axis)
-    return _lse_and_nll(logits_CV, _one_hot(targets_C, logits_CV), vocab_axis)[1]
-
+  table = unembedding.astype(hidden.dtype)
+  targets = shard_targets(targets, table, vocab_axis)
+  chunk = lambda hidden_CD, targets_C: _logits(hidden_CD, table, targets_C, vocab_axis)[-1]
   (hidden, targets), n = _split((hidden, targets), unembedding.shape[0])
   if len(hidden) == 1:
     return chunk(hidden[0], targets[0])
@@ -41,9 +37,7 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
   targets = shard_targets(targets, unembedding, vocab_axis)
 
   def chunk(hidden_CD, targets_C, weights_C):
-    logits_CV = _centered_logits(hidden_CD, table, vocab_axis)
-    is_target_CV = _one_hot(targets_C, logits_CV)
-    lse_C, nll_C = _lse_and_nll(logits_CV, is_target_CV, vocab_axis)
+    logits_CV, is_target_CV, lse_C, nll_C = _logits(hidden_CD, table, targets_C, vocab_axis)
     d_logits_CV = weights_C[:, None] * (jnp.exp(logits_CV - lse_C[:, None]) - is_target_CV)
     d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
     d_hidden_CD = _matmul(d_logits_CV, table).astype(hidden_CD.dtype)
@@ -65,23 +59,25 @@ def nll_and_grads(hidden, unembedding, targets, weights, vocab_axis=None):
   return nll.reshape(-1)[:n], d_hidden, d_table.astype(unembedding.dtype)
 
 
-def _centered_logits(hidden_CD, table, vocab_axis):
-  """Minus each token's maximum: exp stays in range, and lse keeps its digits at large logits."""
+def _logits(hidden_CD, table, targets_C, vocab_axis):
+  """(logits, which of them are targets, lse, nll).
+
+  The logits are less each token's maximum: exp stays in range, and lse keeps its digits.
+  """
   logits_CV = _matmul(hidden_CD, table.T)
   # No derivative: the loss does not depend on a shift of all logits of a token.
   maximum_C = jax.lax.stop_gradient(logits_CV).max(-1)
   if vocab_axis is not None:
     maximum_C = jax.lax.pmax(maximum_C, vocab_axis)
-  return logits_CV - maximum_C[:, None]
-
-
-def _lse_and_nll(logits_CV, is_target_CV, vocab_axis):
+  logits_CV -= maximum_C[:, None]
+  column = jax.lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1)
+  is_target_CV = targets_C[:, None] == column
   total_C = jnp.sum(jnp.exp(logits_CV), -1)
   target_C = jnp.sum(logits_CV, -1, where=is_target_CV)
   if vocab_axis is not None:
     total_C, target_C = jax.lax.psum((total_C, target_C), vocab_axis)
   lse_C = jnp.log(total_C)
-  return lse_C, lse_C - target_C
+  return logits_CV, is_target_CV, lse_C, lse_C - target_C
 
 
 def _split(arrays, vocabulary):
@@ -90,16 +86,10 @@ def _split(arrays, vocabulary):
   chunks = -(-n * vocabulary // CHUNK_ELEMENTS)
   rows = -(-n // chunks)
   chunks = -(-n // rows)  # fewer, if rounding up left chunks of padding only
-  padded = (
-    jnp.pad(x, [(0, chunks * rows - n)] + [(0, 0)] * (x.ndim - 1)) if chunks * rows > n else x
-    for x in arrays
-  )
-  return tuple(x.reshape(chunks, rows, *x.shape[1:]) for x in padded), n
+  if more := chunks * rows - n:
+    arrays = [jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in arrays]
+  return tuple(x.reshape(chunks, rows, *x.shape[1:]) for x in arrays), n
 
 
 def _matmul(a, b):
   return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-
-
-def _one_hot(targets_C, logits_CV):
-  return targets_C[:, None] == jax.lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1)

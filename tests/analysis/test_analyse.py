@@ -21,6 +21,8 @@ from corpus.tokenizer import load_tokenizer
 from rating import TrainedRater, open_rater
 from runtime.cli import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 HEADER = {"rater": "runs/<i>x", "fingerprint": "f0", "size": "nano", "data": "d", "units": "u"}
 HEADER |= {"command": "python analyse.py --data='a&b'"}
 

@@ -121,6 +121,26 @@ def test_many_sources_fold_and_the_figure_says_how_many_are_missing(write):
   assert gap.get_ydata()[0] == 19.5
 
 
+def test_noise_table_on_scores_with_known_answer():
+  noise = np.tile([0.0, 0.0, 0.2, 0.4, 0.6, 0.8], 10)
+  source = np.repeat(["a", "b"], 30)
+  table = training_report.noise_table(-noise, noise, source)
+  assert table["spearman"] == pytest.approx({"a": -1, "b": -1})
+  assert table["auroc"] == pytest.approx({"a": 1, "b": 1})
+  upside_down = training_report.noise_table(noise, noise, source)
+  assert upside_down["spearman_mean"] == pytest.approx(1) and upside_down["auroc_mean"] == 0
+  assert training_report.noise_table(-noise[:6], noise[:6], source[:6])["too_few_documents"] == [
+    "a"
+  ]
+
+
+def test_weight_fit_finds_the_r2_of_an_exact_and_of_an_independent_relation():
+  rng = np.random.default_rng(0)
+  noise = rng.uniform(0.1, 0.8, 128)
+  assert training_report.weight_fit(np.log(1 - noise), noise)["r2"] == pytest.approx(1)
+  assert training_report.weight_fit(rng.normal(size=128), noise)["r2"] < 0.1
+
+
 def test_panels_state_both_correlations_and_no_line_runs_below_zero(write):
   rng = np.random.default_rng(0)
   noise = np.tile([0, 0.1, 0.3, 0.6, 0.9], 40)

@@ -442,7 +442,7 @@ def test_each_epoch_draws_every_sequence_once_in_a_new_order(corpus):
   epochs = [drawn[i * count : (i + 1) * count] for i in range(3)]
   assert all(sorted(epoch) == everything for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-  others = _rows(_take(split, count, 1, (1,)))  # a neighbouring seed shares no epoch
+  others = _rows(_take(split, count, 1, (1,)))  # a neighboring seed shares no epoch
   assert sorted(others) == everything and others not in epochs
 
 

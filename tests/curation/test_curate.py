@@ -790,21 +790,20 @@ def test_output_must_be_apart_from_the_input_and_empty(job, tmp_path):
     job(path, output=tmp_path / "file")
 
 
-def test_from_the_command_line_mistakes_are_one_line(workdir, tmp_path, environment):
+def test_from_the_command_line_mistakes_are_one_line(workdir, tmp_path, environment, cache):
   path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in make_texts(20)])
   (tmp_path / "apache_beam.py").write_text("raise ImportError('No module named apache_beam')")
   without_beam = environment | {"PYTHONPATH": str(tmp_path)}
-  good = [f"--data={path}", "--discard=0.5"]
-  for variables, arguments, message in (
-    (environment, [f"--rater={tmp_path / 'none'}", f"--output={tmp_path / 'o'}", *good], "no run"),
-    (without_beam, command(workdir, tmp_path / "o", *good)[2:] + ["--runner=DirectRunner"],
-     "pip install -e '.[beam]'"),
-    (environment, command(workdir, tmp_path / "o", *good)[2:]
-     + ["--runner=DirectRunner", "--coordinator=localhost:1"], "leave one out"),
-    (environment, command(workdir, tmp_path / "o", *good)[2:] + ["--process_id=0"],
-     "go with --coordinator"),
-  ):  # fmt: skip
-    result = run(variables, sys.executable, "curate.py", *arguments)
+  good = [*command(workdir, tmp_path / "o")[2:], f"--data={path}", "--discard=0.5"]
+  result = run(without_beam, sys.executable, "curate.py", *good, "--runner=DirectRunner")
+  jobs.assert_one_line_error(result, "pip install -e '.[beam]'")
+  assert result.returncode == 2
+  for wrong, message in (
+    ([f"--rater={tmp_path / 'none'}"], "no run"),
+    (["--runner=DirectRunner", "--coordinator=localhost:1"], "leave one out"),
+    (["--process_id=0"], "go with --coordinator"),
+  ):
+    result = jobs.run("curate.py", cache, *good, *wrong)
     jobs.assert_one_line_error(result, message)
     assert result.returncode == 2
 

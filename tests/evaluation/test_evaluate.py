@@ -23,6 +23,8 @@ from evaluation.runs import open_inputs, selected_batches
 from runtime import cli
 from transformer import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def flags(small_rater, cache, corpus):

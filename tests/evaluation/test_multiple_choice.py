@@ -417,9 +417,9 @@ def test_accuracy_of_a_table_written_by_hand(batch_size):
     "contexts_cut": 0,
     "choices_cut": 0,
   }
-  for i, (normalised, raw) in enumerate([(1, 0), (0, 1), (1, 1), (0, 0)]):
+  for i, (normalized, raw) in enumerate([(1, 0), (0, 1), (1, 1), (0, 0)]):
     alone = accuracy(_from_table(TABLE), QUESTIONS[i : i + 1], BYTES, 64, batch_size)
-    assert (alone["accuracy"], alone["accuracy_raw"]) == (normalised, raw)
+    assert (alone["accuracy"], alone["accuracy_raw"]) == (normalized, raw)
 
 
 def test_bytes_not_characters_divide():

@@ -14,6 +14,8 @@ import transformer
 from evaluation import pretrain
 from transformer import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = transformer.TransformerConfig(17, d_model=8, n_layers=1, n_heads=2, head_dim=4, d_ff=16)
 RECIPE = pretrain.Recipe(1e-2, batch=4, steps=40, evaluations=4)
 

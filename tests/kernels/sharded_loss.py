@@ -1,4 +1,4 @@
-"""The loss sharded over tokens and over the vocabulary, against the whole: test_kernels runs this.
+"""The loss sharded over tokens and over the vocabulary, against the whole: test_loss runs this.
 
 Prints the backends that agree. The kernels run in Pallas's plain interpreter: the one that watches
 for races starts threads that deadlock across devices.

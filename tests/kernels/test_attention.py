@@ -40,7 +40,7 @@ SEGMENTS = np.array([[1] * 33 + [2] * 40 + [0] * 7, [0] * 5 + [1] * 75], np.int3
 
 
 def inputs(dtype="float32", n=4, seed=0, mean=0.0):
-  """n arrays [B, H, S, K]; of mean > 0 with something in common to all tokens of a head."""
+  """n arrays [B, H, S, K]; with mean > 0, all tokens of a head share an offset."""
   rng = np.random.default_rng(seed)
   shared = mean * rng.normal(size=(n, B, H, 1, K))
   return [jnp.asarray(x, dtype) for x in rng.normal(size=(n, B, H, S, K)) * 0.7 + shared]
@@ -63,8 +63,8 @@ def fused(causal, backend, segments=SEGMENTS):
 
 
 def orders(attend, qkv, along, weights):
-  """What of `attend` at qkv: o, its derivative along `along`; the gradient of a function of o that
-  is not linear, and its derivative."""
+  """((o, o'), (gradient, gradient')) of `attend` at qkv, tangents along `along`; the gradient is
+  of a function of o that is not linear."""
   wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
   gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(wide(attend(*x))) * weights), (0, 1, 2))
   both = lambda f: jax.jvp(f, tuple(qkv), tuple(along))
@@ -90,7 +90,7 @@ def test_values_gradients_and_their_tangents_are_the_dense_ones(backend, causal,
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_their_own_choice(backend, monkeypatch):
-  """Of which a sequence of 272 has three on a TPU; on a GPU, padded to 288, nine."""
+  """A sequence of 272 has three on a TPU; on a GPU, padded to 288, nine."""
   monkeypatch.undo()
   longer = lambda x: jnp.concatenate([x] * 4, 2)[:1, :1, :272]
   *qkv, weights = map(longer, inputs())
@@ -173,7 +173,7 @@ def test_members_are_a_batch(backend):
   ],
 )
 def test_a_transformer_is_the_same_with_it(backend, remat, scan, causal):
-  """To second order, in blocks that are scanned and formed again."""
+  """To second order, in layers that are scanned and rematerialized."""
   config = transformer.TransformerConfig(13, 16, 2, 2, 8, 24, remat=remat, scan_layers=scan)
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(13, size=SEGMENTS.shape), jnp.int32)
@@ -216,7 +216,7 @@ def test_inputs_that_do_not_fit_are_told(monkeypatch):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_operations_are_counted_by_pairs(causal):
-  """A causal query's tiles on the diagonal are formed whole."""
+  """Tiles on the causal diagonal count in full."""
   shape = jax.ShapeDtypeStruct((B, H, 96, 32), jnp.float32)
   attend = fused(causal, "pallas_gpu", np.ones((B, 96), np.int32))
   gradient = jax.grad(lambda *x: jnp.sum(attend(*x)), (0, 1, 2))

@@ -1,14 +1,13 @@
-"""kernels: every backend against a dense float64 numpy computation, to second order.
+"""kernels/loss/: every backend against a dense float64 numpy computation, to second order.
 
 Axes: N tokens, D model width, V vocabulary.
 """
 
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
+import jobs
 import numpy as np
 import pytest
 from conftest import assert_close
@@ -239,7 +238,7 @@ def test_extreme_logits_stay_exact(backend, sign, blocks):
 
 @pytest.mark.parametrize("backend", PLAIN)
 def test_two_equal_logits_of_10_to_the_4_keep_the_digits_of_their_halves(backend):
-  """In float32 lse = 10^4 + log 2 itself has three digits of the log; so less the largest logit."""
+  """In float32 lse = 10^4 + log 2 keeps three digits of the log: xla subtracts the maximum."""
   hidden, unembedding, targets, weights = _inputs()
   hidden = hidden.at[:, 0].set(100.0)
   unembedding = unembedding.at[:, 0].set(0.0).at[jnp.array([5, 900])].set(0.0)
@@ -378,17 +377,11 @@ def test_a_function_is_traced_again_for_another_device():
   assert str(loss.trace(*inputs).jaxpr) == here
 
 
-def test_sharded_over_tokens_and_vocabulary():
+def test_sharded_over_tokens_and_vocabulary(monkeypatch, cache):
   """On 8 devices, which this process does not have."""
-  here = os.path.dirname(__file__)
-  environment = os.environ | {
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
-    "PYTHONPATH": os.path.dirname(here),
-  }
-  script = os.path.join(here, "sharded_loss.py")
-  run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-  assert run.returncode == 0, run.stderr[-2000:]
-  assert run.stdout.split() == BACKENDS
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  assert jobs.succeed("tests/kernels/sharded_loss.py", cache).split() == BACKENDS
 
 
 def test_statistics_of_a_shard_ignore_a_target_past_its_last_column():
@@ -491,7 +484,7 @@ def test_inputs_that_do_not_fit_are_named_with_their_shapes(changes, message):
 
 @pytest.mark.parametrize("order, minimum", loss.MINIMUM.items())
 def test_matmul_units(order, minimum):
-  """In 2 N D V FLOPs: the minimum dense and in chunks; kernels form the logits once more."""
+  """In 2 N D V FLOPs: the minimum dense and in chunks; the kernels recompute the logits once."""
   n, d, v = 2048, 256, 32_000
   for backend in BACKENDS:
     shapes = loss.inputs(n, d, v, "bfloat16", order)

@@ -37,8 +37,6 @@ def test_matmuls_of_loops_branches_and_calls():
   five_chains = lambda x, w3: jax.lax.fori_loop(0, 5, lambda i, c: chain(c, w3), x)
   assert _matmuls(five_chains, X, w3) == 15
   assert _matmuls(lambda x: jax.lax.fori_loop(2, 7, lambda i, c: c @ c, x), X) == 5
-  until_7 = (lambda c: c[0] < 7, lambda c: (c[0] + 1, c[1] @ c[1]))
-  assert _matmuls(lambda x: jax.lax.while_loop(*until_7, (0, x))[1], X) == 7
   branches = (lambda x: x @ x @ x, lambda x: x @ x, lambda x: x)
   assert _matmuls(lambda i, x: jax.lax.switch(i, branches, x), 0, X) == 2
   assert _matmuls(jax.jit(lambda x: jax.vmap(jnp.matmul, (0, None))(x, x[0])), w3) == 3

@@ -2,46 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import jobs
 import numpy as np
 import pytest
-
-TESTS = jobs.ROOT / "tests"
-
-
-def holds(part):
-  """The lines that this part of sharded_meta_step.py prints on eight CPU devices."""
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-  environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{jobs.ROOT}{os.pathsep}{TESTS}"}
-  command = [sys.executable, str(TESTS / "runtime" / "sharded_meta_step.py"), part]
-  run = subprocess.run(command, env=environment, capture_output=True, text=True)
-  assert run.returncode == 0, run.stderr[-3000:]
-  return run.stdout.splitlines()
-
-
-def test_meshes_and_shardings():
-  assert holds("layout") == ["meshes", "shardings"]
-
-
-def test_meta_steps_are_the_same_on_any_mesh_and_gather_only_parameters():
-  assert holds("float32") == [
-    "same numbers on 1 8",
-    "same numbers on 8 1",
-    "same numbers on 2 4",
-    "gathers at most a parameter of a member",
-    "a checkpoint of 2 4 resumes on 8 1 and on one device",
-  ]
-
-
-def test_with_the_optimizers_of_a_run_only_rounding_differs():
-  assert holds("float64") == ["the same to 7 digits in float64"]
-
-
-def test_kernels_run_under_the_mesh():
-  assert holds("kernels") == ["kernels under the mesh"]
 
 
 @pytest.fixture
@@ -51,6 +15,35 @@ def on_devices(monkeypatch):
   return lambda n: monkeypatch.setenv(
     "XLA_FLAGS", f"{before} --xla_force_host_platform_device_count={n}"
   )
+
+
+@pytest.fixture
+def holds(on_devices, cache):
+  """(part) -> the lines that this part of sharded_meta_step.py prints on eight CPU devices."""
+  on_devices(8)
+  return lambda part: jobs.succeed("tests/runtime/sharded_meta_step.py", cache, part).splitlines()
+
+
+def test_meshes_and_shardings(holds):
+  assert holds("layout") == ["meshes", "shardings"]
+
+
+def test_meta_steps_are_the_same_on_any_mesh_and_gather_only_parameters(holds):
+  assert holds("float32") == [
+    "same numbers on 1 8",
+    "same numbers on 8 1",
+    "same numbers on 2 4",
+    "gathers at most a parameter of a member",
+    "a checkpoint of 2 4 resumes on 8 1 and on one device",
+  ]
+
+
+def test_with_the_optimizers_of_a_run_only_rounding_differs(holds):
+  assert holds("float64") == ["the same to 7 digits in float64"]
+
+
+def test_kernels_run_under_the_mesh(holds):
+  assert holds("kernels") == ["kernels under the mesh"]
 
 
 def test_curation_on_eight_devices_is_that_of_one(on_devices, small_rater, corpus, cache, tmp_path):
