@@ -75,12 +75,10 @@ def write(output: Path, units: Units, results: dict, html: str) -> None:
     row = {"id": id, "source": source, "noise": None if np.isnan(noise) else noise}
     row["score"] = float(units.scores[i])
     rows.append(row | dict(zip(NAMES, units.features[i].tolist(), strict=True)))
-  for name, text in (
-    ("scores.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)),
-    ("analysis.json", json.dumps(results, indent=1, allow_nan=False) + "\n"),
-    ("report.html", html),
-  ):
-    write_text(output / name, text)
+  lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+  write_text(output / "scores.jsonl", lines)
+  write_text(output / "analysis.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+  write_text(output / "report.html", html)
 
 
 if __name__ == "__main__":

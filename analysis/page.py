@@ -115,6 +115,7 @@ def _mixture(results: dict, order: list[str]) -> dict[str, str]:
     for name in reversed(shares)
   ]
   return {
+    "included": "; corrupted ones count" if results["noise"] else "",
     "mixture": _figure("implied mixture", "mixture", figures.mixture, discards, bands),
     "mixture_table": _table(["discarded", *(f"{discard:.1f}" for discard in discards)], rows),
   }
@@ -155,24 +156,17 @@ def _explained(results: dict) -> dict[str, str]:
     named = [f"<code>{name}</code> ({x:+.2f})" for name, x in largest if sign * x > 0]
     return ", ".join(named) or "none"
 
-  rows = [
-    [
-      f"<code>{name}</code>",
-      f"{r[name]:+.3f}",
-      f"{low:+.2f} to {high:+.2f}",
-      _signed(coefficients.get(name)),
-      _signed(PAPER_LASSO.get(name)),
-      MEANING[name],
-    ]
-    for name, (low, high) in zip(r, intervals, strict=True)
-  ]
+  rows = []
+  for name, (low, high) in zip(r, intervals, strict=True):
+    fitted = [_signed(fit.get(name)) for fit in (coefficients, PAPER_LASSO)]
+    correlation = [f"{r[name]:+.3f}", f"{low:+.2f} to {high:+.2f}"]
+    rows.append([f"<code>{name}</code>", *correlation, *fitted, MEANING[name]])
   constant = ", ".join(f"<code>{name}</code>" for name in results["constant"])
   notes = f"<p>Left out, equal for every {results['kind']}: {constant}.</p>" if constant else ""
   if ols["rank"] < ols["heuristics"]:
-    notes += (
-      f"<p>Some heuristics are linear combinations of others here (rank {ols['rank']} of "
-      f"{ols['heuristics']}): least squares takes the solution of least norm.</p>"
-    )
+    rank = f"rank {ols['rank']} of {ols['heuristics']}"
+    notes += f"<p>Some heuristics are linear combinations of others here ({rank}): "
+    notes += "least squares takes the solution of least norm.</p>"
   if results["noise"] is not None:
     notes += "<p>Corruption changes the heuristics too, so they partly measure it here.</p>"
   names = ["heuristic", "r", "95%", "Lasso", "paper's Lasso", "meaning"]

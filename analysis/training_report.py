@@ -147,9 +147,9 @@ def weight_fit(scores: np.ndarray, noise: np.ndarray, batch: int = 128) -> dict:
     exp = np.exp(scores[chunk] - scores[chunk].max())
     weights[chunk] = exp / exp.sum() * (len(chunk) / batch)
   x, y = noise[order], weights[order]
-  fit = {"x": x, "y": y}
+  fit = {"x": x, "y": y, "r2": 0.0, "spearman": None, "slope": 0.0, "intercept": float(y.mean())}
   if np.ptp(y) == 0 or np.ptp(x) == 0:
-    return fit | {"r2": 0.0, "spearman": None, "slope": 0.0, "intercept": float(y.mean())}
+    return fit
   line = scipy.stats.linregress(x, y)
   fit |= {"r2": float(line.rvalue**2), "slope": line.slope, "intercept": line.intercept}
   return fit | {"spearman": float(scipy.stats.spearmanr(x, y).statistic)}

@@ -35,7 +35,7 @@ MAX_MODELS = 8  # compute.png
 
 
 class Costs(NamedTuple):
-  """Sizes of models and runs; FLOPs are counted from them."""
+  """Sizes of models and runs, from which FLOPs are counted."""
 
   parameters: dict[str, int]  # by size
   rater: int  # parameters

@@ -178,12 +178,9 @@ def sequence_logprob(
     hidden_BSD, unembedding_VD = forward.apply(params, *batch)
     targets_BS, real_BS = next_token_targets(batch)
     counted_BS = real_BS & counted_BS
-    _, nll_N = score_weighted(
-      hidden_BSD.reshape(-1, config.d_model),
-      unembedding_VD,
-      targets_BS.reshape(-1),
-      counted_BS.reshape(-1).astype(hidden_BSD.dtype),
-    )
+    hidden_ND, targets_N = hidden_BSD.reshape(-1, config.d_model), targets_BS.reshape(-1)
+    weights_N = counted_BS.reshape(-1).astype(hidden_ND.dtype)
+    _, nll_N = score_weighted(hidden_ND, unembedding_VD, targets_N, weights_N)
     return sharding.replicate(-nll_N.reshape(counted_BS.shape).sum(-1, where=counted_BS))
 
   return logprob
