@@ -67,8 +67,8 @@ def orders(attend, qkv, along, weights):
   of a function of o that is not linear."""
   wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
   gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(wide(attend(*x))) * weights), (0, 1, 2))
-  both = lambda f: jax.jvp(f, tuple(qkv), tuple(along))
-  return jax.jit(lambda: (both(attend), both(gradient)))()
+  at = tuple(qkv), tuple(along)
+  return jax.jit(lambda *at: (jax.jvp(attend, *at), jax.jvp(gradient, *at)))(*at)
 
 
 def in_float64(attend, *arguments):
@@ -155,11 +155,12 @@ def test_members_are_a_batch(backend):
   q, k, v = (jnp.stack([x, x[::-1]]) for x in qkv)
   attend = fused(True, backend, np.stack([SEGMENTS[0]] * 2))
   loss = lambda *x: jnp.sum(jnp.sin(attend(*x)) * weights)
-  product = lambda q, k: jax.jvp(jax.grad(loss), (q, k, qkv[2]), (k, q, qkv[2]))[1]
+  gradient = jax.jit(jax.grad(loss))
+  product = jax.jit(lambda q, k: jax.jvp(gradient, (q, k, qkv[2]), (k, q, qkv[2]))[1])
   one_by_one = [product(q[i], k[i]) for i in range(2)]
-  assert_close(jax.vmap(product)(q, k), jnp.stack(one_by_one), 1e-5)
-  of_all = jax.grad(lambda q: jnp.sum(jax.vmap(loss, (0, 0, None))(q, k, qkv[2])))(q)
-  each = [jax.grad(loss)(q[i], k[i], qkv[2]) for i in range(2)]
+  assert_close(jax.jit(jax.vmap(product))(q, k), jnp.stack(one_by_one), 1e-5)
+  of_all = jax.jit(jax.grad(lambda q: jnp.sum(jax.vmap(loss, (0, 0, None))(q, k, qkv[2]))))(q)
+  each = [gradient(q[i], k[i], qkv[2]) for i in range(2)]
   assert_close(of_all, jnp.stack(each), 1e-5)
 
 
