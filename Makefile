@@ -9,14 +9,14 @@ BIN := .venv/bin
 train: setup  ## meta-trains a rater on the demo corpus; ends in minutes with figures in runs/demo
 	$(BIN)/python train.py --workdir=$(WORKDIR)
 
-reproduce: setup  ## the paper's three steps, tables and figures of README.md: about an hour on 2 cores
+reproduce: setup  ## the paper's three steps, RESULTS.md and figures: about an hour on 2 cores
 	$(BIN)/python -m experiments.reproduce
 
 # A file of tests runs in one process, so that its fixtures are made once.
 test: setup lint  ## under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-slow: setup  ## the demo's promises, measured; kill -9
+test-slow: setup  ## kill -9, two hosts, benchmark files from a package: about 10 minutes
 	$(BIN)/python -m pytest -m slow
 
 # Compilers for TPUs and an H100 beside JAX disturb ordinary runs on CPU: an environment of their own.

@@ -4,9 +4,9 @@
   repeat K times                                            train.py: `train`
     for each inner model i:                                 `meta_step`: members in turn
       theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)    `inner_loop.unroll`, T updates
-        B_t ~ D_train, N_inner sequences                    train.py: `draw`, argument inner_batches
+        B_t ~ D_train, N_inner sequences                    train.py: `draw`; inner_batches
         g_t = sum_i sigma_i(phi_eta) grad l_i               `datarater_problem`: inner_loss
-      B_k ~ D_test, N_outer sequences                       train.py: `draw`, argument outer_batches
+      B_k ~ D_test, N_outer sequences                       train.py: `draw`; outer_batches
       g^i = d L(B_k; theta^i_{k+1}(eta_k)) / d eta          `meta_gradient`
       etabar^i = H(eta_k, g^i)                              `update_member`, its own Adam
       re-initialize theta^i at the end of its lifetime      `update_member`

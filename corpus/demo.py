@@ -232,7 +232,7 @@ def _zipped_csv(path: Path) -> Iterator[dict[str, str]]:
 
 
 def translations(folder: Path) -> Iterator[str]:
-  """Message catalogues without their headers (which name people)."""
+  """Message catalogs without their headers (which name people)."""
   for text in files(folder, ["*/django/c*/**/locale/*/LC_MESSAGES/*.po"]):
     yield text.partition("\n\n")[2]
 

@@ -4,9 +4,10 @@
 
 Meta-trains a rater on the demo corpus with half of its training documents corrupted, sweeps the
 discard fraction, trains language models under every policy with three seeds, repeats that with
-models of another size and on the uncorrupted corpus, and analyzes what the rater learned. Nothing
-is chosen by looking at the split that is reported: the discard fraction is chosen on the other half
-of the validation documents (evaluate.py), all other settings are defaults.
+models of another size and on the uncorrupted corpus, and analyzes what the rater learned. The
+discard fraction is chosen on the other half of the validation documents (evaluate.py), not on the
+split that is reported. Only "perplexity, best" in README.md's table is picked on that split, in
+favor of the rival. The rater is nano, trained for 400 meta-steps with a lifetime of 1,000.
 """
 
 import argparse

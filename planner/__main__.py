@@ -4,8 +4,8 @@
   python -m planner --preset=paper --target=h100 --n_models=1 --inner_batch=8 --outer_batch=8
 
 Takes the flags of train.py, compiles its program for the target on this machine's CPU, and reports
-whether it fits. If not, tries flags that need less memory; the last command printed is one that
-fits. Needs the compilers of `make .venv-compile/ready`: use .venv-compile/bin/python. A pod takes
+whether it fits. If not, tries flags that need less memory; the last command printed fits, if
+one does. Needs the compilers of `make .venv-compile/ready`: use .venv-compile/bin/python. A pod takes
 minutes.
 """
 

@@ -22,6 +22,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
   )
 
 import jax  # noqa: E402 (reads the flag)
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 
 @pytest.fixture
@@ -119,6 +120,13 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(once):
   return once("cache", lambda path: path.mkdir())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(cache):
+  for name, value in jobs.compile_once(cache).items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # test files have compiled something as they were imported
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,8 +24,12 @@ SMALL = (  # flags of train.py
   "--steps_per_call=2",
   "--checkpoint_every=4",
 )
-# Jobs compute little: their programs are compiled quickly, and once for all jobs of a session.
-JAX = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.1}
+# Tests compile much and compute little: each program is compiled once for all processes of a
+# session, without the stack trace of each operation; those of jobs without optimization as well.
+COMPILE_ONCE = {
+  "jax_persistent_cache_min_compile_time_secs": 0.0,
+  "jax_traceback_in_locations_limit": 0,
+}
 
 # The imports of a command take longer than most jobs: a server has them done and forks.
 SERVER = multiprocessing.get_context("forkserver")
@@ -37,10 +42,19 @@ def start(script: str, cache: Path, *flags: str, **options) -> subprocess.Popen:
   return subprocess.Popen(
     [sys.executable, script, *flags],
     cwd=ROOT,
-    env=os.environ | {name.upper(): str(value) for name, value in _jax(cache).items()},
+    env=environment(cache),
     text=True,
     **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
   )
+
+
+def environment(cache: Path) -> dict[str, str]:
+  return os.environ | {name.upper(): str(value) for name, value in _of_jobs(cache).items()}
+
+
+def compile_once(cache: Path) -> dict[str, Any]:
+  """JAX's settings."""
+  return COMPILE_ONCE | {"jax_compilation_cache_dir": str(cache / "compiled")}
 
 
 def run(script: str, cache: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -48,7 +62,7 @@ def run(script: str, cache: Path, *flags: str) -> subprocess.CompletedProcess:
   arguments = [script, *flags]
   with tempfile.TemporaryDirectory() as folder:
     files = [Path(folder) / name for name in ("output", "errors")]
-    job = SERVER.Process(target=_job, args=(arguments, dict(os.environ), _jax(cache), files))
+    job = SERVER.Process(target=_job, args=(arguments, dict(os.environ), _of_jobs(cache), files))
     job.start()
     job.join(600)
     if job.exitcode is None:
@@ -58,8 +72,8 @@ def run(script: str, cache: Path, *flags: str) -> subprocess.CompletedProcess:
   return subprocess.CompletedProcess(arguments, job.exitcode, output, errors)
 
 
-def _jax(cache):
-  return JAX | {"jax_compilation_cache_dir": str(cache / "compiled")}
+def _of_jobs(cache):
+  return compile_once(cache) | {"jax_disable_most_optimizations": True}
 
 
 def _job(arguments, environment, settings, files):

@@ -47,15 +47,19 @@ def test_a_rater_that_sees_the_loss_finds_flipped_labels_sooner(tmp_path, capsys
   assert auroc["sees the loss"][0] > 0.9 > auroc["does not"][0] + 0.2
 
 
-def test_learned_rates_are_as_good_as_the_best_of_a_sweep(tmp_path, capsys, quick_compile):
+def test_learned_rates_are_as_good_as_the_best_of_a_sweep(
+  tmp_path, capsys, quick_compile, monkeypatch
+):
+  monkeypatch.setattr("examples.learned_optimizer_hypers.JUDGED", 6)
   settings = dict(seed=100, seeds=1, meta_steps=40)
   learned, best = _run("learned_optimizer_hypers", tmp_path, capsys, **settings)
   assert learned[0] < best[0]
 
 
-def test_learned_initialization_adapts_where_one_of_the_mixture_does_not(tmp_path, capsys):
-  # Not compiled quickly: here 1,000 updates take longer than their compilation.
-  ours, rival = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=1000)
+def test_learned_initialization_adapts_where_one_of_the_mixture_does_not(
+  tmp_path, capsys, quick_compile
+):
+  ours, rival = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=500)
   assert ours[0] < rival[0] / 2
 
 

@@ -529,13 +529,9 @@ def command(workdir, output, *flags):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-  """The processes of these tests share their compiled programs."""
-  return os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # as in this process: the same bytes
-  }
+def environment(cache):
+  """Programs are compiled as in this process: the same bytes."""
+  return jobs.environment(cache)
 
 
 def run(environment, *arguments):

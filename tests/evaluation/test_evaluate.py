@@ -100,7 +100,7 @@ def test_the_sequences_of_a_policy_are_those_with_the_best_scores_of_each_pool(
     assert sorted(rows) == sorted(split.tokens[r].tolist() for r in best)
 
 
-def test_what_is_reported_is_disjoint_from_what_anything_learnt_from_or_was_chosen_by(
+def test_what_is_reported_is_disjoint_from_what_anything_learned_from_or_was_chosen_by(
   finished, cache
 ):
   config = config_of(finished[0])

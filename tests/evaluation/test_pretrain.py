@@ -24,7 +24,7 @@ MODEL = transformer.language_model(CONFIG)
 
 
 def batches_from(start):
-  """Sequences that count upwards: easily learnt."""
+  """Sequences that count upwards: easily learned."""
   call = start
   while True:
     rng = np.random.default_rng(call)

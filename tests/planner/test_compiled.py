@@ -45,6 +45,7 @@ TARGETS = [
 def on_cpu(monkeypatch):
   """The plugins only compile. libtpu ends the process at a CPU flag that conftest sets."""
   jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
   monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
