@@ -5,8 +5,8 @@
 
 Takes the flags of train.py, compiles its program for the target on this machine's CPU, and reports
 whether it fits. If not, tries flags that need less memory; the last command printed fits, if
-one does. Needs the compilers of `make .venv-compile/ready`: use .venv-compile/bin/python. A pod takes
-minutes.
+one does. Needs the compilers of `make .venv-compile/ready`: use .venv-compile/bin/python. A pod
+takes minutes.
 """
 
 from config import PRESETS, Config
