@@ -87,8 +87,8 @@ def _setting(n_models, lifetime=1000, meta_optimizer=None, inner_optimizer=None,
     jnp.asarray, Examples(np.random.default_rng(9).normal(size=(P, D)), 0.0, 1.0)
   )
   eta = {"v": jnp.array([0.5, -1.0, 0.2])}
-  state = meta_step.init(algorithm, jax.random.key(3), eta, probe)
-  return state, algorithm, probe
+  init = jax.jit(functools.partial(meta_step.init, algorithm))
+  return init(jax.random.key(3), eta, probe), algorithm, probe
 
 
 def _jitted(algorithm):

@@ -53,7 +53,7 @@ def test_loss_and_its_gradients_are_those_of_the_whole_batch(x64, quick_compile)
 
   def everything(microbatches):
     _, model, _ = _problem(microbatches)
-    params = _wide(model.init(jax.random.key(0)))
+    params = _wide(jax.jit(model.init)(jax.random.key(0)))
     gradient = lambda *point: jax.grad(model.loss, (0, 1), has_aux=True)(*point, batch)
     point = (params, weights)
     along = (params, 2 * weights)
@@ -70,8 +70,8 @@ def _meta_gradient(microbatches, mode, remat=False):
   optimizer = meta_step.inner_adamw(1e-2)
   inner_batches, outer_batch = _batches(T, B), _batches(B)
   rater, model, problem = _problem(microbatches, remat)
-  eta = _wide(rater.init(jax.random.key(1)))
-  inner = inner_loop.init(optimizer, _wide(model.init(jax.random.key(0))))
+  eta = _wide(jax.jit(rater.init)(jax.random.key(1)))
+  inner = inner_loop.init(optimizer, _wide(jax.jit(model.init)(jax.random.key(0))))
   algorithm = meta_step.Algorithm(problem, optimizer, optax.sgd(1.0), 1, lifetime=T, mode=mode)
   return jax.jit(
     lambda eta, inner: (
@@ -96,7 +96,7 @@ def test_pallas_kernels_take_parts(quick_compile):
 
   def gradient(microbatches, backend):
     _, model, _ = _problem(microbatches, backend=backend, dtype="float32")
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     return jax.jit(jax.grad(model.loss, has_aux=True))(params, weights, batch)[0]
 
   assert_close(gradient(3, "pallas_gpu"), gradient(1, "reference"), 1e-5)

@@ -515,7 +515,7 @@ def test_meta_gradient_through_two_inner_steps(backend, no_effects):
 
   def meta_gradient(backend):
     model = transformer.language_model(config, backend)
-    state = inner_loop.init(optimizer, model.init(jax.random.key(1)))
+    state = inner_loop.init(optimizer, jax.jit(model.init)(jax.random.key(1)))
 
     def outer_loss(weights):
       last, _ = inner_loop.unroll(model.loss, optimizer, state, weights, inner)
