@@ -24,14 +24,14 @@ def open_workdir(workdir: Path, config: Any, corpus: str, flag: str = "workdir")
     corpus: fingerprint of the data, which must not change either.
     flag: the flag that names the folder, for messages.
   """
-  mend = f"use another --{flag}"
+  advice = f"use another --{flag}"
   check(not workdir.exists() or workdir.is_dir(), f"--{flag}={workdir} is a file")
   path = workdir / "config.json"
   now = json.loads(json.dumps(dict(config=vars(config), corpus=corpus, format=FORMAT)))
   if not path.exists():
     others = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
     others = [name for name in others if not name.startswith(UNFINISHED)]
-    check(not others, f"{workdir} is neither empty nor a run ({', '.join(others[:1])}): {mend}")
+    check(not others, f"{workdir} is neither empty nor a run ({', '.join(others[:1])}): {advice}")
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(now, indent=1))
     return
@@ -39,14 +39,14 @@ def open_workdir(workdir: Path, config: Any, corpus: str, flag: str = "workdir")
     saved = json.loads(path.read_text())
     before = saved["config"] | {"corpus": saved["corpus"]}
   except (ValueError, KeyError, TypeError):
-    raise UserError(f"{path} is not readable as a run's configuration: {mend}") from None
-  check(saved.get("format") == FORMAT, f"{workdir} holds a run of an earlier version: {mend}")
+    raise UserError(f"{path} is not readable as a run's configuration: {advice}") from None
+  check(saved.get("format") == FORMAT, f"{workdir} holds a run of an earlier version: {advice}")
   after = now["config"] | {"corpus": now["corpus"]}
   changed = [name for name in after if before.get(name) != after[name]]
   changes = "; ".join(f"{name} was {before.get(name)!r}, is {after[name]!r}" for name in changed)
   check(
     not changed,
-    f"{workdir} holds a run of another configuration ({changes}): {mend}, or the same flags and "
+    f"{workdir} holds a run of another configuration ({changes}): {advice}, or the same flags and "
     "data",
   )
 
