@@ -289,11 +289,8 @@ def paper_meta_optimizer(
 
   The learning rate is our choice: the paper does not state it.
   """
-  schedule = optax.linear_schedule(0.0, learning_rate, warmup)
-  return optax.chain(
-    optax.clip_by_global_norm(clip),
-    optax.adamw(schedule, weight_decay=weight_decay, eps=eps),
-  )
+  adamw = optax.adamw(_warm_up(learning_rate, warmup), weight_decay=weight_decay, eps=eps)
+  return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
 def inner_adamw(
@@ -308,8 +305,13 @@ def inner_adamw(
   sqrt(v) has an infinite slope at v = 0, where a parameter has had no gradient yet. `eps_root`
   under the root keeps the meta-gradient finite and is too small to change training.
   """
-  schedule = optax.linear_schedule(0.0, learning_rate, warmup) if warmup else learning_rate
-  return optax.adamw(schedule, b2=b2, eps=0.0, eps_root=eps_root, weight_decay=weight_decay)
+  rate = _warm_up(learning_rate, warmup)
+  return optax.adamw(rate, b2=b2, eps=0.0, eps_root=eps_root, weight_decay=weight_decay)
+
+
+def _warm_up(rate, steps):
+  # A linear schedule of no steps would stay at zero.
+  return optax.linear_schedule(0.0, rate, steps) if steps else rate
 
 
 def _key(key, step, member):

@@ -382,6 +382,13 @@ def test_paper_meta_optimizer_warms_up_clips_and_decays(x64):
     params, eta = optax.apply_updates(params, updates), eta + step
 
 
+@pytest.mark.parametrize("make", [meta_step.paper_meta_optimizer, meta_step.inner_adamw])
+def test_without_warm_up_the_first_update_has_the_full_rate(make):
+  optimizer, eta = make(0.1, warmup=0, weight_decay=0.0), jnp.ones(3)
+  updates, _ = optimizer.update(jnp.array([1.0, -2.0, 3.0]), optimizer.init(eta), eta)
+  assert_close(updates, [-0.1, 0.1, -0.1], 1e-4)
+
+
 def test_inner_adamw_is_adamw_whose_meta_gradient_survives_a_zero_gradient(x64):
   rate, b1, b2, decay = 0.1, 0.9, 0.99, 0.2
   optimizer = meta_step.inner_adamw(rate, weight_decay=decay)
