@@ -386,7 +386,7 @@ def test_paper_meta_optimizer_warms_up_clips_and_decays(x64):
 def test_without_warm_up_the_first_update_has_the_full_rate(make):
   optimizer, eta = make(0.1, warmup=0, weight_decay=0.0), jnp.ones(3)
   updates, _ = optimizer.update(jnp.array([1.0, -2.0, 3.0]), optimizer.init(eta), eta)
-  assert_close(updates, [-0.1, 0.1, -0.1], 1e-4)
+  assert_close(updates, np.array([-0.1, 0.1, -0.1]), 1e-4)
 
 
 def test_inner_adamw_is_adamw_whose_meta_gradient_survives_a_zero_gradient(x64):
