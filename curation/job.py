@@ -60,6 +60,7 @@ class Config:
     check(self.discard is not None, "give the share to drop with --discard=0.5, or --score_only")
     keep = round((1 - self.discard) * self.batch_size)
     check(keep >= 1, f"--discard={self.discard} keeps none of a batch of {self.batch_size}")
+    check(self.batch_size <= 2**20, f"--batch_size={self.batch_size} must be at most 2^20")
 
 
 class Job(NamedTuple):
