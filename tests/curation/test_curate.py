@@ -741,7 +741,7 @@ def test_max_documents_and_many_bad_records_in_a_long_file(job, tmp_path):
     (dict(selection="best"), "--selection=best is unknown: choose one of pointwise, top_k"),
     (dict(format="csv"), "--format=csv is unknown: choose one of jsonl, parquet"),
     (dict(batch_size=0), "--batch_size=0 must be at least 1"),
-    (dict(batch_size=2**20 + 1), "at most 2^20"),
+    (dict(batch_size=2**21), "at most 2"),
     (dict(text_field="body"), "set --text_field to"),
     (dict(runner="DirectRunner", selection="top_k"), "use pointwise"),
     (dict(runner="DirectRunner", max_documents=3), "leave it out"),
