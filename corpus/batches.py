@@ -79,6 +79,8 @@ class Corpus:
       f"data {', '.join(config.data)}: {report.records} records, skipped: {skipped}",
       f"tokenizer {config.tokenizer}: {self.vocab_size} entries",
     ]
+    if count := report.ignored_noise:
+      lines.append(f"{config.noise_field}: no number from 0 to 1 in {count} records, ignored there")
     if names := ", ".join(config.outer_data):
       lines.append(f"outer data {names}: {report.in_outer_data} of its documents left out of data")
     noisy = self.splits["outer"].noise[:10_000] > 0

@@ -172,7 +172,7 @@ def inferred_schema(records: list[Record]) -> pa.Schema:
 def parquet_errors(problem: str) -> Iterator[None]:
   try:
     yield
-  except UNWRITABLE as error:
+  except (OverflowError, pa.ArrowException) as error:
     raise UserError(f"{problem} ({one_line(error)}): use --format=jsonl") from None
 
 

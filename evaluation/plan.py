@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 
 import transformer
+from config import DTYPES, make_rater
 from config import Config as RaterConfig
-from config import make_rater
 from corpus.tokenizer import load_tokenizer
 from evaluation import compare, pretrain
 from evaluation.multiple_choice import TASKS
@@ -52,7 +52,7 @@ class Config:
     None, "updates, rounded up to a multiple of --evaluations; default by size", at_least=1
   )
   learning_rate: float | None = option(None, "peak of the schedule; default by size", at_least=0)
-  dtype: str = option("float32", "activations and matmul inputs", choices=("float32", "bfloat16"))
+  dtype: str = option("float32", "activations and matmul inputs", choices=DTYPES)
   loss_backend: str = option("xla", "kernels of the fused loss", choices=BACKENDS)
   attention_backend: str = option("xla", "kernels of attention", choices=ATTENTION)
 
@@ -72,8 +72,9 @@ class Config:
     for name in ("models", "policies", "seeds"):
       check(len(getattr(self, name)) > 0, f"--{name} is empty")
     check("none" in self.policies, "--policies lacks none, the baseline of every comparison")
-    for rho in (self.discard, *self.sweep_discard):
-      check(rho > 0, f"--discard={rho:g} must be above 0")
+    for name, rhos in (("discard", [self.discard]), ("sweep_discard", self.sweep_discard)):
+      for rho in rhos:
+        check(rho > 0, f"--{name}={rho:g} must be above 0")
 
 
 class Run(NamedTuple):

@@ -156,7 +156,7 @@ def final_state(workdir):
     (["stray"], "unexpected argument"),
   ],
 )
-def test_contradictory_flags_end_in_one_line_that_names_the_mend(wrong, message, run, tmp_path):
+def test_contradictory_flags_end_in_one_line_that_says_what_to_do(wrong, message, run, tmp_path):
   assert_one_line_error(run(tmp_path / "w", *wrong), message)
 
 
@@ -192,7 +192,7 @@ def test_a_folder_with_other_things_is_refused(run, tmp_path):
   assert_one_line_error(run(tmp_path), "neither empty nor a run")
 
 
-def test_a_truncated_checkpoint_is_named_with_the_mend(finished, run, tmp_path):
+def test_a_truncated_checkpoint_is_named_with_the_way_out(finished, run, tmp_path):
   broken = tmp_path / "broken"
   shutil.copytree(finished[0], broken)
   last = broken / "checkpoints" / "12"

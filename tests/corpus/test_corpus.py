@@ -531,6 +531,13 @@ def test_a_noisy_outer_split_is_reported_with_a_fix(corpus_file, corpus, tmp_pat
   assert "known noise" not in load_corpus(clean, tmp_path / "cache", False).summary()
 
 
+def test_noise_that_is_no_number_is_reported(corpus_file, corpus, tmp_path):
+  assert "ignored" not in corpus.summary()
+  records = [{"text": text, "noise": "high" if i < 7 else 0} for i, text in enumerate(_texts(300))]
+  noisy = load_corpus(_config(_jsonl(tmp_path / "n.jsonl", records)), tmp_path / "cache", False)
+  assert "noise: no number from 0 to 1 in 7 records, ignored there" in noisy.summary()
+
+
 def test_outer_data_is_the_outer_split_and_is_kept_out_of_the_others(tmp_path):
   texts = _texts(400)
   outer = _jsonl(tmp_path / "outer.jsonl", [{"text": t, "source": "o"} for t in texts[:90]])
