@@ -223,10 +223,11 @@ def _wide(x):
 
 
 class LanguageModel(NamedTuple):
-  """The inner model theta as two pure functions."""
+  """The inner model theta as pure functions."""
 
   init: Callable[[chex.PRNGKey], Any]  # key -> params
   loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]
+  token_loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]
 
 
 def language_model(
@@ -240,7 +241,10 @@ def language_model(
   sequence i that have a next token in the same document, 0 if there are none. Weights that sum to 1
   give the paper's weighted gradient, weights of 1 / B the plain mean. l_B has no gradient.
 
-  microbatches: parts of a batch that are computed in turn, see `accumulate`.
+  `token_loss` takes weights_BS, of the token after each, and gives nll_BS: both hold where
+  `next_token_targets` counts, and weights must be 0 elsewhere.
+
+  microbatches: parts of a batch that `loss` computes in turn, see `accumulate`.
   """
   forward = hk.without_apply_rng(
     hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
@@ -251,21 +255,23 @@ def language_model(
 
   score_weighted = sharding.shard_loss(partial(score_weighted_loss, backend=loss_backend))
 
-  def loss(params, weights_B, batch):
+  def token_loss(params, weights_BS, batch):
     hidden_BSD, unembedding_VD = forward.apply(params, *batch)
-    targets_BS, counted_BS = next_token_targets(batch)
-    counts_B = jnp.maximum(counted_BS.sum(-1), 1)
-    token_weights_BS = counted_BS * (weights_B / counts_B)[:, None]
     total, nll_N = score_weighted(
       hidden_BSD.reshape(-1, config.d_model),
       unembedding_VD,
-      targets_BS.reshape(-1),
-      token_weights_BS.reshape(-1),
+      next_token_targets(batch)[0].reshape(-1),
+      weights_BS.reshape(-1),
     )
-    nll_BS = jax.lax.stop_gradient(nll_N).reshape(counted_BS.shape)
+    return total, jax.lax.stop_gradient(nll_N).reshape(weights_BS.shape)
+
+  def loss(params, weights_B, batch):
+    counted_BS = next_token_targets(batch)[1]
+    counts_B = jnp.maximum(counted_BS.sum(-1), 1)
+    total, nll_BS = token_loss(params, counted_BS * (weights_B / counts_B)[:, None], batch)
     return total, jnp.sum(nll_BS * counted_BS, -1) / counts_B
 
-  return LanguageModel(init, accumulate(loss, microbatches))
+  return LanguageModel(init, accumulate(loss, microbatches), token_loss)
 
 
 def accumulate(loss: Callable, microbatches: int) -> Callable:

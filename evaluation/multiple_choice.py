@@ -30,18 +30,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from corpus.documents import find_inputs, read_records
 from corpus.tokenizer import Tokenizer
-from kernels import score_weighted_loss
 from rating import pad_pieces
 from runtime import sharding
 from runtime.cli import UserError, check, one_line
-from transformer import Batch, Transformer, TransformerConfig, next_token_targets
+from transformer import Batch, LanguageModel, next_token_targets
 
 TASKS = {  # task -> pattern of its usual file names
   "hellaswag": r"hella_?swag",
@@ -164,26 +163,13 @@ def chance(questions: list[Question]) -> float:
   return float(np.mean([1 / len(question.choices) for question in questions]))
 
 
-def sequence_logprob(
-  config: TransformerConfig, loss_backend: str | None = None
-) -> Callable[[Any, Batch, jax.Array], jax.Array]:
-  """(params of `transformer.language_model(config)`, batch, counted) -> [B] float32.
-
-  Sums log P(token s + 1 | its document up to s) over the positions s that `counted` marks."""
-  model = hk.transform(lambda *batch: Transformer(config, causal=True)(*batch))
-  forward = hk.without_apply_rng(model)
-  score_weighted = sharding.shard_loss(partial(score_weighted_loss, backend=loss_backend))
-
-  def logprob(params, batch, counted_BS):
-    hidden_BSD, unembedding_VD = forward.apply(params, *batch)
-    targets_BS, real_BS = next_token_targets(batch)
-    counted_BS = real_BS & counted_BS
-    hidden_ND, targets_N = hidden_BSD.reshape(-1, config.d_model), targets_BS.reshape(-1)
-    weights_N = counted_BS.reshape(-1).astype(hidden_ND.dtype)
-    _, nll_N = score_weighted(hidden_ND, unembedding_VD, targets_N, weights_N)
-    return sharding.replicate(-nll_N.reshape(counted_BS.shape).sum(-1, where=counted_BS))
-
-  return logprob
+@partial(jax.jit, static_argnums=0)
+def sequence_logprob(model: LanguageModel, params: Any, batch: Batch, counted_BS) -> jax.Array:
+  """[B] float32: sums log P(token s + 1 | its document up to s) over the positions s that
+  `counted_BS` marks."""
+  counted_BS &= next_token_targets(batch)[1]
+  _, nll_BS = model.token_loss(params, counted_BS.astype(jnp.float32), batch)
+  return sharding.replicate(-nll_BS.sum(-1, where=counted_BS))
 
 
 class _Row(NamedTuple):

@@ -18,7 +18,7 @@ from kernels.loss import BACKENDS
 from rating import rater_config
 from runtime.cli import check, check_fields, option
 from selection import PERPLEXITY, POLICIES
-from transformer import ATTENTION, TransformerConfig
+from transformer import ATTENTION
 
 SIZES = tuple(transformer.PRESETS)
 _AS_RATER = "as in train.py; default the rater's"
@@ -154,11 +154,8 @@ def plan_text(config: Config) -> str:
   return "\n".join([*lines, f"in all {total / 1e12:.4g} TFLOP{note}"])
 
 
-def model_config(config: Config, size: str, vocab_size: int) -> TransformerConfig:
-  how = dict(dtype=config.dtype, attention_backend=config.attention_backend)
-  return transformer.preset(size, vocab_size, **how)
-
-
 @functools.cache  # equal models share their compiled programs
 def language_model(config: Config, size: str, vocab_size: int) -> transformer.LanguageModel:
-  return transformer.language_model(model_config(config, size, vocab_size), config.loss_backend)
+  how = dict(dtype=config.dtype, attention_backend=config.attention_backend)
+  shape = transformer.preset(size, vocab_size, **how)
+  return transformer.language_model(shape, config.loss_backend)

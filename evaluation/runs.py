@@ -133,7 +133,8 @@ def train_run(
     nll = functools.partial(pretrain.mean_nll, model, params)
     row = {"nll": {name: float(nll(rows)) for name, rows in sets.items()}}
     if inputs.questions:
-      score = functools.partial(logprob(config, run.model, corpus.vocab_size), params)
+      logprob = functools.partial(multiple_choice.sequence_logprob, model, params)
+      score = lambda *rows: logprob(*sharding.shard(rows, "data"))
       how = corpus.tokenizer, corpus.config.sequence_length
       row["accuracy"] = {
         task: multiple_choice.accuracy(score, questions, *how)["accuracy"]
@@ -145,13 +146,6 @@ def train_run(
   folder = workdir / "runs" / run.name
   pretrain.pretrain(folder, model, recipe, run.seed, batches, measure, progress)
   hosts.wait_for_all(run.name)
-
-
-@functools.cache
-def logprob(config: Config, size: str, vocab_size: int):
-  shape = plan.model_config(config, size, vocab_size)
-  of_rows = jax.jit(multiple_choice.sequence_logprob(shape, config.loss_backend))
-  return lambda params, *rows: of_rows(params, *sharding.shard(rows, "data"))
 
 
 def selected_batches(

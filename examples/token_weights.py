@@ -26,8 +26,7 @@ import meta_step
 from corpus.batches import batch_iterator
 from examples import common, texts
 from examples.texts import SHAPE, S
-from kernels import score_weighted_loss
-from transformer import Transformer, next_token_targets
+from transformer import Transformer, language_model, next_token_targets
 
 N, T, B = 4, 2, 16  # inner models, inner steps, sequences of a batch
 CALL = 10  # meta-steps in one compiled call
@@ -38,7 +37,7 @@ class Config(texts.Config):
   meta_steps: int = common.option(100, f"updates of the rater, a multiple of {CALL}")
 
 
-model = texts.network(lambda *text: Transformer(SHAPE, causal=True)(*text))
+model = language_model(SHAPE)
 
 
 @texts.network
@@ -56,12 +55,9 @@ def token_weights(eta, batches):
 
 def loss(theta, weights_BS, text):
   """Of the targets, tokens 1 to S - 1, each with the weight of its own."""
-  hidden_BSD, unembedding_VD = model.apply(theta, text)
-  targets_BS, counted_BS = next_token_targets(text)
-  weights_BS = jnp.roll(weights_BS, -1, axis=-1) * counted_BS
-  flat = hidden_BSD.reshape(-1, SHAPE.d_model), unembedding_VD, targets_BS.ravel()
-  total, nll = score_weighted_loss(*flat, weights_BS.ravel())
-  return total, nll.mean()
+  weights_BS = jnp.roll(weights_BS, -1, axis=-1) * next_token_targets(text)[1]
+  total, nll_BS = model.token_loss(theta, weights_BS, text)
+  return total, nll_BS.mean()
 
 
 def outer_loss(theta, text):

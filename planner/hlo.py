@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import defaultdict
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -16,17 +15,9 @@ _FREE = frozenset(  # instructions that move no bytes, or whose bytes are counte
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
-class Collective(NamedTuple):
-  """One exchange between devices."""
-
-  kind: str  # in COLLECTIVES
-  bytes: float  # per device and execution: a gather's result, the operands of others
-  times: float  # executions
-
-
 class Traffic(NamedTuple):
   bytes: float  # read from and written to a device's memory
-  collectives: list[Collective]
+  collectives: dict[str, tuple[float, float]]  # a kind of COLLECTIVES -> (exchanges, bytes)
   unknown_loops: int  # loops whose trip count the text does not tell, counted once
 
 
@@ -47,7 +38,7 @@ def traffic(text: str, runs: float = 1.0) -> Traffic:
   """
   computations, entry = _parse(text)
   total, unknown = 0.0, 0
-  found = {}
+  found = {}  # channel -> (kind of exchange, its executions, bytes of one)
 
   def visit(name, times, fused):
     nonlocal total, unknown
@@ -57,7 +48,7 @@ def traffic(text: str, runs: float = 1.0) -> Traffic:
       if kind:
         # An asynchronous exchange appears in several computations, under one channel.
         key = (re.findall(r"channel_id=(\d+)", i.rest) or [i.name])[0]
-        if key not in found or found[key].times < times:
+        if key not in found or found[key][1] < times:
           found[key] = _collective(kind, i, instructions, times, inside=name)
       if not fused:
         total += times * _bytes_moved(i, instructions, computations)
@@ -74,16 +65,11 @@ def traffic(text: str, runs: float = 1.0) -> Traffic:
           visit(called, times, fused or i.opcode == "fusion")
 
   visit(entry, runs, False)
-  return Traffic(total, list(found.values()), unknown)
-
-
-def by_kind(collectives: list[Collective]) -> dict[str, tuple[float, float]]:
-  """Kind -> (exchanges, bytes per device)."""
-  sums = defaultdict(lambda: (0.0, 0.0))
-  for c in collectives:
-    times, size = sums[c.kind]
-    sums[c.kind] = (times + c.times, size + c.times * c.bytes)
-  return dict(sums)
+  collectives = {}
+  for kind, times, size in found.values():
+    exchanges, moved = collectives.get(kind, (0.0, 0.0))
+    collectives[kind] = exchanges + times, moved + times * size
+  return Traffic(total, collectives, unknown)
 
 
 def _parse(text):
@@ -145,13 +131,14 @@ def _trip_count(loop, computations):
 
 
 def _collective(kind, instruction, instructions, times, inside):
+  """(kind, times, bytes per device: a gather's result, the operands of others)."""
   operands = sum(_size(instructions[o].type, True) for o in instruction.operands)
   result = _size(instruction.type, True)
   if instruction.opcode.endswith("-start") and instruction.type.startswith("("):
     result -= operands  # a start's result includes its operands
   if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
     kind = "reduce-scatter"  # as compiled for TPUs
-  return Collective(kind, result if kind == "all-gather" else operands, times)
+  return kind, times, result if kind == "all-gather" else operands
 
 
 def _bytes_moved(i, instructions, computations):

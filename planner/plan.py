@@ -173,7 +173,7 @@ def report(
     least_time = f"at least {c.traffic.bytes / chip.bandwidth:.3g} s"
     unknown = loops(c.traffic.unknown_loops)
     lines.append(row("memory traffic", f"{giga(c.traffic.bytes)}: {least_time}{unknown}"))
-    for kind, (times, size) in sorted(hlo.by_kind(c.traffic.collectives).items()):
+    for kind, (times, size) in sorted(c.traffic.collectives.items()):
       lines.append(row(kind, f"{giga(size)} in {times:.0f}"))
   if c.estimate and c.estimate > 0:
     lines.append(row("compiler's estimate", f"{c.estimate:.3g} s, loop bodies counted once"))

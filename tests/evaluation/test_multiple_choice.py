@@ -537,14 +537,14 @@ def test_a_bigram_model_agrees_with_loops():
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_log_probabilities_of_the_language_model_are_those_of_dense_float64(backend):
   config = dataclasses.replace(CONFIG, vocab_size=258)
-  params = jax.jit(transformer.language_model(config).init)(jax.random.key(0))
+  model = transformer.language_model(config, backend)
+  params = jax.jit(model.init)(jax.random.key(0))
   rng = np.random.default_rng(2)  # norms start at 1: moved, or a scale left out goes unseen
   params = jax.tree.map(lambda x: x * rng.uniform(0.5, 2, x.shape).astype(np.float32), params)
-  logprob = jax.jit(sequence_logprob(config, backend))
   seen = {}
 
   def recorded(batch, counted):
-    sums = np.asarray(logprob(params, batch, counted))
+    sums = np.asarray(sequence_logprob(model, params, batch, counted))
     assert sums.dtype == np.float32 and sums.shape == (len(counted),)
     seen.update(zip(_counted(batch, counted), sums, strict=True))
     return sums

@@ -25,7 +25,7 @@ from benchmarks import attention, loss
 from config import PRESETS, Config
 from kernels import device
 from kernels.loss import pallas_gpu
-from planner import hlo, plan, targets
+from planner import plan, targets
 
 N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
 VOCABULARIES = {32_000: 10, 256_000: 50}  # V -> how many times less temporary memory than dense
@@ -168,7 +168,7 @@ def test_a_small_run_is_planned(target, mesh):
   assert compiled.work.unknown_loops == 0 and compiled.traffic.unknown_loops == 0
   least = config.n_models * plan.minimum(config, 259).total
   assert least < compiled.work.matmuls < 1.5 * least
-  exchanged = hlo.by_kind(compiled.traffic.collectives)
+  exchanged = compiled.traffic.collectives
   if compiled.devices == 1:
     assert exchanged == {}
   else:

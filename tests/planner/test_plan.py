@@ -210,7 +210,7 @@ ENTRY %main (state: (s32[], bf16[2,4])) -> (s32[], bf16[2,4]) {
 
 def test_collectives_of_a_module_read_by_hand():
   traffic = hlo.traffic(MODULE)
-  assert hlo.by_kind(traffic.collectives) == {
+  assert traffic.collectives == {
     "all-gather": (5, 5 * 8 * 4 * 2),
     "reduce-scatter": (5, 5 * 8 * 4 * 4),
   }
@@ -247,7 +247,7 @@ def _compiled(**values):
     temp=3e9,
     peak=6e9,
     work=flops.Flops(5e15, 1e15, 1e13),
-    traffic=hlo.Traffic(1.2e12, [hlo.Collective("all-gather", 5e8, 4)], 0),
+    traffic=hlo.Traffic(1.2e12, {"all-gather": (4, 4 * 5e8)}, 0),
     estimate=None,
     seconds=12.0,
     refusal="",
