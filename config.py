@@ -176,10 +176,6 @@ def transformer_config(config: Config, size: str, vocab_size: int) -> transforme
   return transformer.preset(size, vocab_size, **options)
 
 
-def data_config(config: Config) -> DataConfig:
-  return DataConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(DataConfig)})
-
-
 def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
   """The batches of one compiled call: shape, and for each axis the mesh axis it is sharded over."""
   K, T, S = config.steps_per_call, config.inner_steps, config.sequence_length

@@ -33,7 +33,7 @@ from pathlib import Path
 from curation import local
 from curation.job import Config
 from runtime import cli, cpu, devices, hosts, sharding
-from runtime.cli import UserError, check, option
+from runtime.cli import check, option, user_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,8 @@ def main() -> None:
     f"--runner={config.runner} and --coordinator exclude each other: leave one out",
   )
   if config.runner is not None:
-    try:
+    with user_error(ImportError, "--runner needs Apache Beam", "pip install -e '.[beam]'"):
       from curation import beam
-    except ImportError as error:
-      raise UserError(f"--runner needs Apache Beam ({error}): pip install -e '.[beam]'") from None
     return beam.curate(config, output)
   cpu.keep_freed_memory()
   hosts.start(many)

@@ -40,7 +40,6 @@ class Place:
   jobs: int = option(1, "models trained at once, each on its own core (CPUs only)", at_least=1)
   mesh: str | None = option(None, "data=N, the devices that share each batch; default all")
   dry_run: bool = option(False, "print the runs and their FLOPs, and stop")
-  __post_init__ = cli.check_fields
 
 
 def main() -> None:

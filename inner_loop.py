@@ -71,7 +71,8 @@ def unroll(
   if truncated:
     state = jax.lax.stop_gradient(state)
   if mode != "reverse":
-    return mixflow.unroll(_inner(loss_fn, optimizer, mode), state, metas, batches, truncated)
+    inner = mixflow.Inner(loss_fn, partial(update, optimizer), mode)
+    return mixflow.unroll(inner, state, metas, batches, truncated)
 
   def step(state, x):
     meta, batch = x
@@ -104,7 +105,7 @@ def window_gradient(
   Returns (value, d value / d metas, the state after T updates, aux).
   """
   if mode in mixflow.MODES and mixflow.fits_one_segment(mode, batches):
-    inner = _inner(loss_fn, optimizer, mode)
+    inner = mixflow.Inner(loss_fn, partial(update, optimizer), mode)
     return mixflow.window_gradient(inner, outer_loss, state, metas, batches)
 
   def objective(metas):
@@ -114,7 +115,3 @@ def window_gradient(
   gradient = jax.value_and_grad(objective, has_aux=True, allow_int=True)
   (value, (end, aux)), d_metas = gradient(metas)
   return value, d_metas, end, aux
-
-
-def _inner(loss_fn, optimizer, mode):
-  return mixflow.Inner(loss_fn, partial(update, optimizer), mixflow.MODES[mode])

@@ -60,10 +60,12 @@ def check_meta_gradient(
     wide = lambda x: jnp.asarray(x, jnp.float64 if _floating(x) else None)
     params, metas, batches = jax.tree.map(wide, (params, metas, batches))
     optimizer_state = optimizer.init(params)
-    paths, leaves, restore = _flatten({"params": params, "metas": metas})
+    paths, structure = jax.tree.flatten_with_path({"params": params, "metas": metas})
+    leaves = {i: x for i, (_, x) in enumerate(paths) if _floating(x)}
+    names = [jax.tree_util.keystr(paths[i][0], simple=True, separator="/") for i in leaves]
 
     def objective(leaves, mode):
-      at = restore(leaves)
+      at = structure.unflatten([leaves.get(i, x) for i, (_, x) in enumerate(paths)])
       state = inner_loop.InnerState(at["params"], optimizer_state)
       end, _ = inner_loop.unroll(loss_fn, optimizer, state, at["metas"], batches, mode)
       return outer_loss(end.params)
@@ -77,12 +79,12 @@ def check_meta_gradient(
       except TypeError as error:  # forward mode through a custom_vjp
         rows.append(Row(mode, np.nan, np.nan, str(error).splitlines()[0]))
         continue
-      gradient = jax.device_get(gradient)
+      gradient = jax.device_get(list(gradient.values()))
       reverse = reverse or gradient
       mine = [[np.sum(g * d) for d in ds] for g, ds in zip(gradient, along, strict=True)]
       of_reverse = _errors(gradient, reverse, 1e-12 * scale)
       of_slopes = _errors(mine, slopes, NEGLIGIBLE * scale)
-      verdict = _verdict(mode, paths, gradient, of_reverse, of_slopes)
+      verdict = _verdict(mode, names, gradient, of_reverse, of_slopes)
       rows.append(Row(mode, max(of_reverse), max(of_slopes), verdict))
   rows = [row for row in rows if row.mode in modes]
   print(f"{'mode':14s} {'to reverse':>11s} {'to differences':>15s}  verdict")
@@ -94,27 +96,27 @@ def check_meta_gradient(
 def _differences(objective, leaves, directions, seed):
   """(directions, slopes of the objective along them: [leaf][direction], size of the objective)."""
   rng, along, slopes = np.random.default_rng(seed), [], []
-  for i, leaf in enumerate(leaves):
+  for i, leaf in leaves.items():
     size = float(jnp.sqrt(jnp.mean(jnp.square(leaf)))) or 1.0  # a head may start at zero
     along.append([size * rng.normal(size=leaf.shape) for _ in range(directions)])
-    moved = lambda d, i=i, leaf=leaf: objective([*leaves[:i], leaf + d, *leaves[i + 1 :]])
+    moved = lambda d, i=i, leaf=leaf: objective(leaves | {i: leaf + d})
     slopes.append([float(moved(STEP * d) - moved(-STEP * d)) / (2 * STEP) for d in along[-1]])
   return along, slopes, abs(float(objective(leaves)))
 
 
-def _verdict(mode, paths, gradient, of_reverse, of_slopes):
-  for path, g in zip(paths, gradient, strict=True):
+def _verdict(mode, names, gradient, of_reverse, of_slopes):
+  for name, g in zip(names, gradient, strict=True):
     if not np.isfinite(g).all():
-      return f"not finite at {path}"
+      return f"not finite at {name}"
   if mode == "first_order":
     return "an approximation by design"
   if not np.max(of_slopes) <= TO_DIFFERENCES:  # nan is larger
-    return f"not the derivative at {paths[np.argmax(of_slopes)]}"
+    return f"not the derivative at {names[np.argmax(of_slopes)]}"
   if not np.max(of_reverse) <= TO_REVERSE:
-    return f"not what reverse mode gives at {paths[np.argmax(of_reverse)]}"
-  for path, g in zip(paths, gradient, strict=True):
-    if path.startswith("metas") and not g.any():
-      return f"no gradient reaches {path}"  # and the outer loss doesn't move: an integer path?
+    return f"not what reverse mode gives at {names[np.argmax(of_reverse)]}"
+  for name, g in zip(names, gradient, strict=True):
+    if name.startswith("metas") and not g.any():
+      return f"no gradient reaches {name}"  # and the outer loss doesn't move: an integer path?
   return "exact"
 
 
@@ -127,16 +129,3 @@ def _errors(actual, expected, negligible):
 
 def _floating(x):
   return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
-def _flatten(tree):
-  """Names and values of the floating leaves, and a function that puts values in their places."""
-  paths, structure = jax.tree.flatten_with_path(tree)
-  where = [i for i, (_, x) in enumerate(paths) if _floating(x)]
-  names = [jax.tree_util.keystr(paths[i][0], simple=True, separator="/") for i in where]
-
-  def restore(leaves):
-    floating = dict(zip(where, leaves, strict=True))
-    return structure.unflatten([floating.get(i, x) for i, (_, x) in enumerate(paths)])
-
-  return names, [paths[i][1] for i in where], restore

@@ -205,24 +205,22 @@ def meta_steps(
 def init(algorithm: Algorithm, key: Any, eta: Any, probe: Any) -> MetaState:
   """The state before the first meta-step: eta as given and N fresh inner models. The first lifetime
   of member i is shorter by i / N of it, so that re-initializations are staggered."""
-  N, lifetime = algorithm.n_models, algorithm.lifetime
+  a, N, zero = algorithm, algorithm.n_models, jnp.zeros((), jnp.int32)
 
   def members(eta, ids):
     def member(i):
-      theta = algorithm.problem.init_inner(_key(key, 0, i))
-      inner = inner_loop.init(algorithm.inner_optimizer, theta)
-      return inner, algorithm.meta_optimizer.init(eta)
+      inner = inner_loop.init(a.inner_optimizer, a.problem.init_inner(_key(key, 0, i)))
+      staggered = a.lifetime - i * a.lifetime // N
+      meta_opt = a.meta_optimizer.init(eta)
+      return Member(inner, meta_opt, age=zero, until_reset=staggered, skipped=zero)
 
     return jax.lax.map(member, ids), ()
 
-  ids = jnp.arange(N, dtype=jnp.int32)
-  (inner, meta_opt), _ = sharding.over_population(members)(eta, ids)
-  zeros = jnp.zeros(N, jnp.int32)
-  staggered = lifetime - ids * lifetime // N
+  members, _ = sharding.over_population(members)(eta, jnp.arange(N, dtype=jnp.int32))
   return MetaState(
     eta=eta,
-    members=Member(inner, meta_opt, age=zeros, until_reset=staggered, skipped=zeros),
-    step=jnp.zeros((), jnp.int32),
+    members=members,
+    step=zero,
     key=key,
     probe_scores=algorithm.problem.probe(eta, probe),
   )
@@ -253,9 +251,7 @@ def datarater_problem(
     if remat:
       return jax.lax.map(jax.checkpoint(lambda batch: rater.score(eta, batch)), batches)
     # Not as one batch of T * B: smaller activations stay in the caches of a CPU.
-    T = batches.tokens.shape[0]
-    slices = [jax.tree.map(lambda x, t=t: x[t], batches) for t in range(T)]
-    return jnp.stack([rater.score(eta, batch) for batch in slices])
+    return jnp.stack([rater.score(eta, Batch(*x)) for x in zip(*batches, strict=True)])
 
   def metas(eta, batches):
     scores = scores_TB(eta, batches)

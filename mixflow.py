@@ -23,20 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SEGMENT = 8  # steps between two saved states
-
-
-class Mode(NamedTuple):
-  hessian: bool = True  # False drops H u: the first-order ablation
-  offload: bool = False  # saved arrays wait in host memory
-  save_matmuls: bool = False  # also save the results of each step's matmuls, forward and backward
-
-
-MODES = {
-  "mixed": Mode(),
-  "mixed_offload": Mode(offload=True),
-  "mixed_save": Mode(save_matmuls=True),
-  "first_order": Mode(hessian=False),
-}
+MODES = ("mixed", "mixed_offload", "mixed_save", "first_order")  # `inner_loop.unroll` explains them
 
 
 class Inner(NamedTuple):
@@ -44,14 +31,13 @@ class Inner(NamedTuple):
 
   loss_fn: Callable  # (params, meta, batch) -> (loss, aux)
   update: Callable  # Theta: (state, g, meta) -> state; a state is a tuple (params, opt_state)
-  mode: Mode
+  mode: str  # a name in MODES
 
 
 def unroll(inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool) -> tuple[Any, Any]:
   """T inner steps in segments, each with a mixed-mode derivative; see `inner_loop.unroll`."""
   x, T = (metas, batches), _length(batches)
-  segment = _saving_step if inner.mode.save_matmuls else _segment
-  length = 1 if inner.mode.save_matmuls else SEGMENT
+  segment, length = (_saving_step, 1) if inner.mode == "mixed_save" else (_segment, SEGMENT)
   first = (T - 1) % length + 1  # the first segment may be shorter
   state, aux = segment(inner, truncated, is_first=True)(state, jax.tree.map(lambda x: x[:first], x))
   if first == T:
@@ -59,7 +45,7 @@ def unroll(inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool) 
   rest = jax.tree.map(lambda x: x[first:].reshape(-1, length, *x.shape[1:]), x)
   # Unrolled, since a loop would copy the saved matmuls into and out of stacked arrays, and XLA
   # cannot move arrays to the host from a loop within a loop.
-  unrolled = inner.mode.save_matmuls or inner.mode.offload
+  unrolled = inner.mode in ("mixed_save", "mixed_offload")
   state, later = jax.lax.scan(
     segment(inner, truncated=False, is_first=False), state, rest, unroll=unrolled
   )
@@ -68,7 +54,7 @@ def unroll(inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool) 
 
 
 def fits_one_segment(mode: str, batches: Any) -> bool:
-  return not MODES[mode].save_matmuls and _length(batches) <= SEGMENT
+  return mode != "mixed_save" and _length(batches) <= SEGMENT
 
 
 def window_gradient(
@@ -102,8 +88,7 @@ def _segment(inner, truncated, is_first):
   rule = jax.custom_vjp(lambda state, x: forward(state, x)[0])
 
   def backward(saved, cotangent):
-    of_end = [x for x in jax.tree.leaves(cotangent[0]) if x.dtype != jax.dtypes.float0]
-    of_start, of_metas = _backward(inner, saved, of_end, truncated)
+    of_start, of_metas = _backward(inner, saved, _floating(cotangent[0]), truncated)
     of_start = None if truncated else _cotangent(saved.start, of_start)
     return of_start, (_cotangent(saved.x[0], of_metas), None)
 
@@ -113,7 +98,7 @@ def _segment(inner, truncated, is_first):
 
 def _forward(inner, keep_start, state, x):
   """((state, aux), Saved)."""
-  to_host = _to_host if inner.mode.offload else lambda tree: tree
+  to_host = _to_host if inner.mode == "mixed_offload" else lambda tree: tree
 
   def step(state, x):
     meta, batch = x
@@ -131,11 +116,7 @@ def _backward(inner, saved, cotangent, truncated):
   """Takes d/d(state after the steps); returns d/d(state before them) and d/d(metas) [T].
 
   truncated: the state before them is a constant, so the first step needs no H u."""
-
-  def step(cotangent, x):
-    t, g, x_t = x
-    return _step_backward(inner, saved, cotangent, t, g, x_t)
-
+  step = lambda cotangent, x: _step_backward(inner, saved, cotangent, *x)
   (g_0, grads), (x_0, later) = saved.grads, _first_and_later(saved.x)
   ts = jnp.arange(1, _length(saved.x))
   cotangent, of_metas = jax.lax.scan(step, cotangent, (ts, grads, later), reverse=True)
@@ -156,14 +137,16 @@ def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
   # The state is recomputed before and after the HVP, where memory peaks, so only theta_t is live
   # during it. The barriers stop XLA from merging the two or keeping the forward pass's states.
   state, g_t = recompute(cotangent[theta])
-  u, of_meta = _pull_back(partial(inner.update, state), g_t, meta)(cotangent)
-  hessian = inner.mode.hessian and not constant_theta
+  _, pull_back = jax.vjp(partial(inner.update, state), g_t, meta)
+  u, of_meta = pull_back(_cotangent(state, cotangent))
+  hessian = inner.mode != "first_order" and not constant_theta
   hessian_u, by_loss = _hessian_vector_product(inner, state.params, meta, batch, u, hessian)
-  of_meta = [a + b for a, b in zip(of_meta, by_loss, strict=True)]
+  of_meta = [a + b for a, b in zip(_floating(of_meta), by_loss, strict=True)]
   if constant_theta:
     return None, of_meta
   state, g_t = recompute((hessian_u, by_loss))
-  (cotangent,) = _pull_back(lambda state: inner.update(state, g_t, meta), state)(cotangent)
+  _, pull_back = jax.vjp(lambda state: inner.update(state, g_t, meta), state)
+  cotangent = _floating(pull_back(_cotangent(state, cotangent)))
   if hessian:
     cotangent[theta] = [a + b for a, b in zip(cotangent[theta], hessian_u, strict=True)]
   return cotangent, of_meta
@@ -187,7 +170,6 @@ def _recompute(inner, saved, t):
 
 def _hessian_vector_product(inner, params, meta, batch, u, hessian):
   """(H u, u^T d^2 loss / d theta d meta), forward over reverse. Without `hessian`, H u is []."""
-  u = jax.tree.unflatten(jax.tree.structure(params), u)
   gradients = lambda params: _gradients(inner, params, meta, batch, hessian)[0]
   _, (hessian_u, of_meta) = jax.jvp(gradients, (params,), (u,))
   return jax.tree.leaves(hessian_u), of_meta
@@ -196,13 +178,9 @@ def _hessian_vector_product(inner, params, meta, batch, u, hessian):
 def _gradients(inner, params, meta, batch, hessian):
   """((d loss / d theta or None, d loss / d meta), (d loss / d theta, aux)). The first pair is
   differentiated along u, the second is the forward result."""
-
-  def loss(params, floating):
-    return inner.loss_fn(params, _replace_floating(meta, floating), batch)
-
-  gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-  (g, of_meta), aux = gradient(params, _floating(meta))
-  return (g if hessian else None, of_meta), (g, aux)
+  gradient = jax.grad(inner.loss_fn, argnums=(0, 1), has_aux=True, allow_int=True)
+  (g, of_meta), aux = gradient(params, meta, batch)
+  return (g if hessian else None, _floating(of_meta)), (g, aux)
 
 
 def _saving_step(inner, truncated, is_first):
@@ -221,9 +199,7 @@ def _saving_step(inner, truncated, is_first):
 
 def _saving_gradient(inner, hessian):
   """d loss / d params; saves its matmul results for its own derivative."""
-
-  def gradient(params, meta, batch):
-    return jax.grad(inner.loss_fn, has_aux=True)(params, meta, batch)
+  rule = jax.custom_vjp(lambda *x: jax.grad(inner.loss_fn, has_aux=True)(*x))
 
   def forward(params, meta, batch):
     # Element-wise operations are cheaper to repeat than to keep.
@@ -233,28 +209,15 @@ def _saving_gradient(inner, hessian):
       prevent_cse=False,
     )
     _, derivative, outputs = jax.linearize(at_params, params, has_aux=True)
-    return outputs, (derivative, params, meta)
+    return outputs, (derivative, meta)
 
   def backward(residuals, cotangents):
-    derivative, params, meta = residuals
-    hessian_u, of_meta = derivative(cotangents[0])
-    if not hessian:
-      hessian_u = jax.tree.map(jnp.zeros_like, params)
+    derivative, meta = residuals
+    hessian_u, of_meta = derivative(cotangents[0])  # None for zero without `hessian`
     return hessian_u, _cotangent(meta, of_meta), None
 
-  rule = jax.custom_vjp(gradient)
   rule.defvjp(forward, backward)
   return rule
-
-
-def _pull_back(function, *primals):
-  """jax.vjp that skips integer leaves; cotangents are lists over floating-point leaves."""
-
-  def of_floating(*floating):
-    restored = [_replace_floating(*pair) for pair in zip(primals, floating, strict=True)]
-    return _floating(function(*restored))
-
-  return jax.vjp(of_floating, *map(_floating, primals))[1]
 
 
 def _is_floating(x):
@@ -264,12 +227,6 @@ def _is_floating(x):
 def _floating(tree):
   """The floating-point leaves."""
   return [x for x in jax.tree.leaves(tree) if _is_floating(x)]
-
-
-def _replace_floating(tree, floating):
-  """The tree with other floating-point leaves."""
-  floating = iter(floating)
-  return jax.tree.map(lambda x: next(floating) if _is_floating(x) else x, tree)
 
 
 def _cotangent(tree, floating):

@@ -51,7 +51,6 @@ class Place:
   mesh: str | None = option(
     None, "population=N,data=M: how devices share the work; default all devices"
   )
-  __post_init__ = cli.check_fields
 
 
 def main() -> None:
@@ -67,9 +66,9 @@ def main() -> None:
 
 def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mesh) -> None:
   """Trains to config.meta_steps, from the workdir's last checkpoint if it has one, and reports."""
-  corpus = load_corpus(settings.data_config(config), cache_dir, progress=hosts.is_leader())
+  corpus = load_corpus(config, cache_dir, progress=hosts.is_leader())
   hosts.leader_first(lambda: open_workdir(workdir, config, corpus.fingerprint))
-  program = settings.build(config, corpus.vocab_size)
+  program = settings.build(config, corpus.tokenizer.vocab_size)
   documents = corpus.validation_documents(config.report_documents)
   probe = next(draw(config, mesh, "probe", corpus.splits["outer"], config.seed + 2))
 
@@ -108,13 +107,8 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
   pending = None  # metrics of the last call, read while the device computes the next
   stop = StopSignal()
   began = time.monotonic()
-  bar = tqdm.tqdm(
-    total=config.meta_steps,
-    initial=start,
-    unit="meta-step",
-    smoothing=0.1,
-    disable=not hosts.is_leader(),
-  )
+  shown = dict(total=config.meta_steps, unit="meta-step", smoothing=0.1)
+  bar = hosts.progress("meta-training", start, **shown)
   for k in range(start + per_call, config.meta_steps + 1, per_call):
     inputs = (state, next(inner), next(outer), probe)
     if step is None:

@@ -246,13 +246,8 @@ def language_model(
 
   microbatches: parts of a batch that `loss` computes in turn, see `accumulate`.
   """
-  forward = hk.without_apply_rng(
-    hk.transform(lambda tokens, segments: Transformer(config, causal=True)(tokens, segments))
-  )
-
-  def init(key):
-    return forward.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2)
-
+  forward = hk.without_apply_rng(hk.transform(lambda *x: Transformer(config, causal=True)(*x)))
+  init = lambda key: forward.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2)
   score_weighted = sharding.shard_loss(partial(score_weighted_loss, backend=loss_backend))
 
   def token_loss(params, weights_BS, batch):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.heuristics import NAMES, heuristics
-from config import data_config
 from corpus.batches import Corpus, load_corpus
 from corpus.documents import DataConfig, Document, read_documents, split_of
 from rating import TrainedRater, make_rows, score_rows, score_sequences
@@ -54,15 +53,14 @@ def read_units(config: Config, rater: TrainedRater, cache_dir: Path) -> Units:
   Raises:
     UserError: too little text, or scores that are all equal or not finite.
   """
-  corpus_config = data_config(rater.config)
   if config.data:
     names = ("text_field", "source_field", "noise_field")
     fields = {name: getattr(config, name) for name in names if getattr(config, name)}
-    corpus_config = dataclasses.replace(corpus_config, data=config.data, **fields)
-    units = _document_units(sample(corpus_config, config.documents), rater)
+    other = dataclasses.replace(rater.config, data=config.data, **fields)
+    units = _document_units(sample(other, config.documents), rater)
   else:
-    corpus = load_corpus(corpus_config, cache_dir)
-    if corpus_config.packing == "pack":
+    corpus = load_corpus(rater.config, cache_dir)
+    if rater.config.packing == "pack":
       units = _packed_units(corpus, rater, config.documents)
     else:
       units = _document_units(corpus.validation_documents(config.documents), rater)

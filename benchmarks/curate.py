@@ -32,7 +32,6 @@ class Settings:
   rater: str = option("runs/demo", "workdir of train.py")
   documents: int = option(1024, "documents of each corpus", at_least=1)
   rounds: int = option(3, "timed rounds; the median counts", at_least=1)
-  __post_init__ = cli.check_fields
 
 
 def main() -> None:

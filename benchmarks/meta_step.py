@@ -61,7 +61,6 @@ class Settings:
   loss_backend: str = option("xla", "kernels of the loss", choices=BACKENDS)
   repeats: int = option(7, "timed meta-steps", at_least=1)
   profile: bool = option(False, "also list the device's kernels by time")
-  __post_init__ = cli.check_fields
 
 
 class Measured(NamedTuple):

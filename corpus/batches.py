@@ -67,17 +67,13 @@ class Corpus:
   folder: Path
   config: DataConfig
 
-  @property
-  def vocab_size(self) -> int:
-    return self.tokenizer.vocab_size
-
   def summary(self) -> str:
     """A few plain lines for the start of a run."""
     config, report = self.config, self.report
     skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped.items()) or "none"
     lines = [
       f"data {', '.join(config.data)}: {report.records} records, skipped: {skipped}",
-      f"tokenizer {config.tokenizer}: {self.vocab_size} entries",
+      f"tokenizer {config.tokenizer}: {self.tokenizer.vocab_size} entries",
     ]
     if count := report.ignored_noise:
       lines.append(f"{config.noise_field}: no number from 0 to 1 in {count} records, ignored there")
@@ -110,13 +106,14 @@ class Corpus:
 def load_corpus(config: DataConfig, cache_dir: str | os.PathLike, progress: bool = True) -> Corpus:
   """Reads, splits, tokenizes and packs a corpus, or maps the files of an earlier call.
 
-  The cache is a folder under `cache_dir`, named by a hash of the configuration, the tokenizer and
+  The cache is a folder under `cache_dir`, named by a hash of DataConfig's fields, the tokenizer and
   the names, sizes and times of the input files (for the hub, the name alone). One rename makes it
   visible, so no later call uses the files of an interrupted one.
   """
   tokenizer = load_tokenizer(config.tokenizer)
   inputs = find_inputs(config.data), find_inputs(config.outer_data)
-  parts = [FORMAT, dataclasses.asdict(config), tokenizer.fingerprint, inputs]
+  own = {f.name: getattr(config, f.name) for f in dataclasses.fields(DataConfig)}
+  parts = [FORMAT, own, tokenizer.fingerprint, inputs]
   fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
   folder = Path(cache_dir) / f"corpus-{fingerprint}"
   opened = lambda: _open_corpus(folder, config, tokenizer, fingerprint)

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from corpus import demo
-from runtime.cli import UserError, check, check_fields, one_line, option
+from runtime.cli import UserError, check, check_fields, option, user_error
 
 SPLITS = ("train", "outer", "validation")
 TEXT_FILE_CHARS = 8_000  # a longer text file becomes several documents
@@ -139,7 +139,7 @@ def input_records(
   item: Input, place: int, config: DataConfig, report: Report, first: int = 0
 ) -> Iterator[Record]:
   """Yields the records of one input from index `first`; does not enforce max_bad_fraction."""
-  records = _records(item, config.text_field, first)
+  records = read_records(item, config.text_field, first)
   for index, (number, value, original, read) in enumerate(records, first):
     report.records += 1
     document, problem = _document(value, item, index, config, report)
@@ -205,19 +205,15 @@ def _kind(path: Path) -> str | None:
   return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def read_records(item: Input, text_field: str = "text") -> Iterator[tuple[int, dict | str]]:
-  """Yields (number, fields) of one input's records; the number counts from 1, in JSONL lines.
-
-  A string instead of fields is the reason why a record is unusable. The parts of a text file have
-  their text in `text_field`."""
-  return ((number, value) for number, value, _, _ in _records(item, text_field, 0))
-
-
 _Read = tuple[int, dict | str, Any, float]  # number, fields or the problem, original, read: Record
 
 
-def _records(item: Input, text_field: str, first: int) -> Iterator[_Read]:
-  try:
+def read_records(item: Input, text_field: str = "text", first: int = 0) -> Iterator[_Read]:
+  """Yields the records of one input from index `first`; their number counts from 1, in JSONL lines.
+
+  A string instead of fields is the reason why a record is unusable. The parts of a text file have
+  their text in `text_field`."""
+  with user_error((OSError, pa.ArrowException), f"{item.path} cannot be read to its end"):
     if item.kind == "hub":
       for number, value in itertools.islice(enumerate(_hub_records(item.path), 1), first, None):
         yield number, value, None, math.nan
@@ -232,8 +228,6 @@ def _records(item: Input, text_field: str, first: int) -> Iterator[_Read]:
         for number, record in itertools.islice(records, first, None):
           value, original = (record, None) if texts else (_parsed(record), record)
           yield number, value, original, raw.tell() / max(item.stamp[0], 1)
-  except (OSError, pa.ArrowException) as error:
-    raise UserError(f"{item.path} cannot be read to its end: {one_line(error)}") from None
 
 
 def _parquet_records(file: pa.parquet.ParquetFile, first: int) -> Iterator[_Read]:
@@ -295,13 +289,10 @@ def _hub_records(name: str) -> Iterator[dict]:
   _, path, config, split, *more = [*name.split(":"), "", ""]
   if more[2:] or not path or path.startswith("/"):
     raise UserError(f"{name} is not of the form hf:NAME[:CONFIG[:SPLIT]]")
-  try:
+  # Errors are of many kinds: no network, no such name, gated, a bad file.
+  fix = "check the name, the network, and whether it needs a login or a configuration"
+  with user_error(Exception, f"{name} cannot be read", f"{fix} (hf:NAME:CONFIG:SPLIT)"):
     yield from datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-  except Exception as error:  # of many kinds: no network, no such name, gated, a bad file
-    raise UserError(
-      f"{name} cannot be read ({one_line(error)}): check the name, the network, and whether it "
-      "needs a login or a configuration (hf:NAME:CONFIG:SPLIT)"
-    ) from None
 
 
 def _document(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from runtime.cli import UserError, one_line
+from runtime.cli import user_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +48,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(vocab_size=258, bos=257, pad=256, fingerprint="bytes")
   path = Path(name).expanduser()
   path = path / "tokenizer.json" if path.is_dir() else path
-  try:
+  fix = "give 'bytes', a tokenizer.json, or a name on the Hugging Face hub (needs the network)"
+  with user_error(Exception, f"tokenizer {name!r} cannot be loaded", fix):
     if path.exists() or path.suffix == ".json":  # a mistyped path is no name on the hub
       model = tokenizers.Tokenizer.from_file(str(path))
     else:
       model = tokenizers.Tokenizer.from_pretrained(name)
-  except Exception as error:  # the library raises bare Exceptions
-    raise UserError(
-      f"tokenizer {name!r} cannot be loaded ({one_line(error)}): give 'bytes', the path of a "
-      "tokenizer.json, or a name on the Hugging Face hub (needs the network)"
-    ) from None
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True  # "<s>" inside a text is text

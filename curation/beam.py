@@ -33,7 +33,7 @@ import selection
 from corpus.documents import DataConfig, Report, check_quality, input_records
 from curation import job as jobs
 from curation import records
-from runtime.cli import UserError, check, one_line
+from runtime.cli import check, user_error
 
 
 def curate(config: jobs.Config, output: Path) -> None:
@@ -43,13 +43,11 @@ def curate(config: jobs.Config, output: Path) -> None:
     "--selection=top_k needs all documents in one order: with --runner use pointwise",
   )
   check(config.max_documents is None, "--max_documents needs an order: leave it out with --runner")
-  try:
+  with user_error((ValueError, ImportError), f"--runner={config.runner} cannot be used"):
     options = PipelineOptions(list(config.beam_options))
     # Beam's DirectRunner would first download another runner, Prism.
     runner = FnApiRunner() if config.runner == "DirectRunner" else config.runner
     pipeline = beam.Pipeline(runner, options)
-  except (ValueError, ImportError) as error:
-    raise UserError(f"--runner={config.runner}: {one_line(error)}") from None
   job = jobs.open_job(config, output)
   if not (output / "manifest.json").exists():
     for path in output.glob("*-*-of-*"):

@@ -6,6 +6,7 @@ reading from the first of them. The output is byte-identical for any number of h
 different number may resume a run.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import itertools
@@ -15,18 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
 import rating
 import selection
-from corpus.documents import Record
+from corpus.documents import Record, Report
 from curation import records
 from curation.job import Config, Job, finish, open_job, select, summary
-from curation.records import About
 from runtime import hosts
 from runtime.cli import check
 from runtime.files import UNFINISHED, write_atomically
@@ -60,6 +59,31 @@ class Stopped(Exception):
 # Pass 1: scores of each shard, in scores/00000.npz, ...; in rounds of one shard per host.
 
 
+class Shard(NamedTuple):
+  """Consecutive records of the input."""
+
+  number: int
+  records: list[Record]  # empty if the shard was only counted
+  next: list[int] | None  # (input, index) of the first record after it; None at the end
+  documents: int  # documents from the start of the input to the end of the shard
+
+  @property
+  def usable(self) -> list[Record]:
+    return [record for record in self.records if record.document]
+
+
+class About(NamedTuple):
+  """A shard without its records."""
+
+  next: list[int] | None  # as in Shard
+  records: int
+  documents: int  # as in Shard
+  rejects: list[dict[str, Any]]  # file, record, reason
+  read: float  # share of the input's bytes up to the shard's end; nan if unknown
+  schema: str | None  # of the records of other formats than Parquet, in hexadecimal
+  tokens: int  # scored
+
+
 class Scored(NamedTuple):
   """A scored shard of the input."""
 
@@ -85,10 +109,10 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
   earlier = sum(len(shard.scores) for shard in done.values())
   hosts.say(f"device {where}, {earlier} documents scored before")
   began, tokens = time.monotonic(), 0
-  with progress_bar("scoring", before, unit=" documents") as bar:
+  with hosts.progress("scoring", before, unit=" documents") as bar:
     for own_shards, after in ahead(prepared(job, done, start)):
       for number, rows, coins, about in own_shards:
-        if about.read:  # an estimate; the hub gives none
+        if about.read > 0:  # an estimate; the hub gives none
           total = round(about.documents / about.read)
           bar.total = min(total, job.config.max_documents or total)
         documents_per_token = (after - before) / max(about.tokens, 1)
@@ -141,20 +165,48 @@ def prepared(
     yield own, turn[-1].documents
 
 
-def read(job: Job, done: list[Scored], wanted: Callable[[int], bool]) -> Iterator[records.Shard]:
-  """The shards of the input that follow the first ones, `done`."""
-  abouts = [shard.about for shard in done]
-  return records.read(job.reading, job.format, job.config.shard_records, abouts, wanted)
+def read(job: Job, done: list[Scored], wanted: Callable[[int], bool]) -> Iterator[Shard]:
+  """Yields the shards of the input that follow the first ones, `done`. A shard whose number is not
+  `wanted` is only counted."""
+  counts, start = Report(), (0, 0)
+  for about in (shard.about for shard in done):
+    counts.records += about.records
+    counts.skipped.update(reject["reason"] for reject in about.rejects)
+    start = about.next
+  unread = records.checked(job.reading, job.format, counts, tuple(start))
+  number, first = len(done), next(unread, None)
+  while first is not None:
+    shard = itertools.chain([first], itertools.islice(unread, job.config.shard_records - 1))
+    shard = collections.deque(shard, maxlen=None if wanted(number) else 0)
+    documents = counts.usable
+    first = next(unread, None)  # raises at the end if too many records are unusable
+    yield Shard(number, list(shard), first and list(first[:2]), documents)
+    number += 1
 
 
-def prepare(job: Job, shard: records.Shard) -> tuple[list[rating.Rows], np.ndarray, About]:
+def prepare(job: Job, shard: Shard) -> tuple[list[rating.Rows], np.ndarray, About]:
   """The batches and coins of a shard's documents, and its description."""
   rater, config = job.rater, job.config
   texts = [record.document.text for record in shard.usable]
   rows = rating.make_rows(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
   coins = np.array([selection.coin(config.seed, text) for text in texts])
   tokens = sum(int(batch.tokens.sum()) for batch in rows)
-  return rows, coins, records.describe(shard, job.inputs, job.format, tokens)
+  return rows, coins, describe(job, shard, tokens)
+
+
+def describe(job: Job, shard: Shard, tokens: int) -> About:
+  sizes, last = [item.stamp[0] for item in job.inputs], shard.records[-1]
+  read = (sum(sizes[: last.input]) + sizes[last.input] * last.read) / max(sum(sizes), 1)
+  rejects = [
+    {"file": job.inputs[x.input].path, "record": x.number, "reason": x.problem}
+    for x in shard.records
+    if x.problem
+  ]
+  inferred = [
+    x for x in shard.usable if job.format == "parquet" and not isinstance(x.original, tuple)
+  ]
+  schema = records.inferred_schema(inferred).serialize().to_pybytes().hex() if inferred else None
+  return About(shard.next, len(shard.records), shard.documents, rejects, read, schema, tokens)
 
 
 def ahead(iterator: Iterator) -> Iterator:
@@ -164,10 +216,6 @@ def ahead(iterator: Iterator) -> Iterator:
     while (item := future.result()) is not None:
       future = pool.submit(next, iterator, None)
       yield item
-
-
-def progress_bar(name: str, done: int, **options) -> tqdm.tqdm:
-  return tqdm.tqdm(desc=name, initial=done, disable=not hosts.is_leader(), **options)
 
 
 # Pass 2: selection, then the records with their new fields.
@@ -196,7 +244,7 @@ def write(job: Job, output: Path, stop: StopSignal) -> None:
   turns = -(-len(missing) // jax.process_count())
   own = missing[jax.process_index() * turns :][:turns]
   to_write = read_again(job, done, own)
-  with progress_bar("writing", len(done) - len(missing), total=len(done), unit=" files") as bar:
+  with hosts.progress("writing", len(done) - len(missing), total=len(done), unit=" files") as bar:
     for turn in range(turns):  # as many on each host, though the last may have fewer parts
       for part in own[turn : turn + 1]:
         records.write(paths[part], next(to_write), parts[part], schema)

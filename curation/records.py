@@ -1,4 +1,4 @@
-"""Reads records in shards and writes each unchanged with new fields appended; the manifest.
+"""Reads records and writes each unchanged with new fields appended.
 
 JSONL (uncompressed): JSON lines are copied byte for byte up to their last brace. Other records
 become objects; a value that JSON lacks (bytes, dates) makes a record unusable. A part of a text
@@ -9,21 +9,19 @@ columns, null where a field is missing; a field of two kinds is an error.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import itertools
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
 from corpus.documents import DataConfig, Input, Record, Report, corpus_records
-from runtime.cli import UserError, one_line
+from runtime.cli import user_error
 from runtime.files import write_atomically
 
 FIELDS = {
@@ -33,67 +31,7 @@ FIELDS = {
 }
 FORMATS = ("jsonl", "parquet")
 UNWRITABLE = (TypeError, ValueError, OverflowError, pa.ArrowException)
-
-
-class Shard(NamedTuple):
-  """Consecutive records of the input."""
-
-  number: int
-  records: list[Record]  # empty if the shard was only counted
-  next: list[int] | None  # (input, index) of the first record after it; None at the end
-  documents: int  # documents from the start of the input to the end of the shard
-
-  @property
-  def usable(self) -> list[Record]:
-    return [record for record in self.records if record.document]
-
-
-class About(NamedTuple):
-  """A shard without its records."""
-
-  next: list[int] | None  # as in Shard
-  records: int
-  documents: int  # as in Shard
-  rejects: list[dict[str, Any]]  # file, record, reason
-  read: float  # share of the input's bytes up to the shard's end; 0 if unknown
-  schema: str | None  # of the records of other formats than Parquet, in hexadecimal
-  tokens: int  # scored
-
-
-def read(
-  reading: DataConfig, format: str, size: int, before: list[About], wanted: Callable[[int], bool]
-) -> Iterator[Shard]:
-  """Yields the shards of `size` records that follow the shards `before`. A shard whose number is
-  not `wanted` is only counted."""
-  counts, start = Report(), (0, 0)
-  if before:
-    counts.records, start = sum(about.records for about in before), before[-1].next
-    for reject in itertools.chain.from_iterable(about.rejects for about in before):
-      counts.skipped[reject["reason"]] += 1
-
-  records = checked(reading, format, counts, tuple(start))
-  number, first = len(before), next(records, None)
-  while first is not None:
-    shard = itertools.chain([first], itertools.islice(records, size - 1))
-    shard = collections.deque(shard, maxlen=None if wanted(number) else 0)
-    documents = counts.usable
-    first = next(records, None)  # raises at the end if too many records are unusable
-    yield Shard(number, list(shard), first and list(first[:2]), documents)
-    number += 1
-
-
-def describe(shard: Shard, inputs: list[Input], format: str, tokens: int) -> About:
-  sizes, last = [item.stamp[0] for item in inputs], shard.records[-1]
-  read = (sum(sizes[: last.input]) + sizes[last.input] * last.read) / max(sum(sizes), 1)
-  read = 0 if math.isnan(read) else read
-  rejects = [
-    {"file": inputs[x.input].path, "record": x.number, "reason": x.problem}
-    for x in shard.records
-    if x.problem
-  ]
-  inferred = [x for x in shard.usable if format == "parquet" and not isinstance(x.original, tuple)]
-  schema = inferred_schema(inferred).serialize().to_pybytes().hex() if inferred else None
-  return About(shard.next, len(shard.records), shard.documents, rejects, read, schema, tokens)
+parquet_errors = partial(user_error, (OverflowError, pa.ArrowException), fix="use --format=jsonl")
 
 
 def checked(
@@ -143,22 +81,18 @@ def output_schema(
   them all.
 
   Args:
-    inferred: schemas of the shards (About.schema).
+    inferred: schemas of the shards (local.About.schema).
   """
   if format == "jsonl":
     return None
-  schemas = [file_schema(item.path) for item in inputs if item.kind == "parquet"]
+  schemas = []
+  for path in [item.path for item in inputs if item.kind == "parquet"]:
+    with user_error((OSError, pa.ArrowException), f"{path} cannot be read"):
+      schemas.append(pa.parquet.read_schema(path))
   for schema in dict.fromkeys(filter(None, inferred)):
     schemas.append(pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(schema))))
   with parquet_errors("the records have no common Parquet schema"):
     return pa.unify_schemas(schemas or [pa.schema([])], promote_options="permissive")
-
-
-def file_schema(path: str) -> pa.Schema:
-  try:
-    return pa.parquet.read_schema(path)
-  except (OSError, pa.ArrowException) as error:
-    raise UserError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def inferred_schema(records: list[Record]) -> pa.Schema:
@@ -166,14 +100,6 @@ def inferred_schema(records: list[Record]) -> pa.Schema:
   first, last = records[0].number, records[-1].number
   with parquet_errors(f"records {first} to {last} have fields of two kinds"):
     return pa.schema(list(pa.array(map(_value, records)).type))
-
-
-@contextlib.contextmanager
-def parquet_errors(problem: str) -> Iterator[None]:
-  try:
-    yield
-  except (OverflowError, pa.ArrowException) as error:
-    raise UserError(f"{problem} ({one_line(error)}): use --format=jsonl") from None
 
 
 def write(

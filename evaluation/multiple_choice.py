@@ -39,7 +39,7 @@ from corpus.documents import find_inputs, read_records
 from corpus.tokenizer import Tokenizer
 from rating import pad_pieces
 from runtime import sharding
-from runtime.cli import UserError, check, one_line
+from runtime.cli import UserError, check, user_error
 from transformer import Batch, LanguageModel, next_token_targets
 
 TASKS = {  # task -> pattern of its usual file names
@@ -262,14 +262,12 @@ def _records(path: str) -> Iterator[tuple[str, dict]]:
   if _is_saved(Path(path)):
     import datasets
 
-    try:
+    with user_error(Exception, f"{path} cannot be read", "save it again"):  # of several libraries
       rows = datasets.load_from_disk(path)
-    except Exception as error:  # of several libraries
-      raise UserError(f"{path} cannot be read ({one_line(error)}): save it again") from None
     yield from ((f"{path}, record {number}", row) for number, row in enumerate(rows, 1))
     return
   for item in find_inputs((path,)):
-    records = list(read_records(item))
+    records = [(number, record) for number, record, *_ in read_records(item)]
     labels, file = [None] * len(records), Path(re.sub(_FILE, "-labels.lst", item.path))
     if item.kind == "json" and file.is_file():
       labels = file.read_text("utf-8", "replace").split()

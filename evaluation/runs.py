@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import selection
-from config import data_config
 from corpus.batches import Corpus, cut, drawn_rows, load_corpus, row_batches
 from corpus.documents import Document, read_documents, split_of
 from corpus.tokenizer import Tokenizer
@@ -37,7 +36,7 @@ class Inputs(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def open_inputs(config: Config, cache_dir: Path) -> Inputs:
   settings = plan.rater_settings(config)
-  corpus = load_corpus(data_config(settings), cache_dir)
+  corpus = load_corpus(settings, cache_dir)
   texts = {"selection": [], "validation": [], "validation_noisy": []}
   for document in corpus.validation_documents():
     half = "validation" if split_of(document.text, corpus.config)[1] & 1 else "selection"
@@ -91,7 +90,7 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
   split, score = inputs.corpus.splits["train"], inputs.rater.score
   if kind == "perplexity":
     run = plan.scorer_run(config)
-    model = language_model(config, run.model, inputs.corpus.vocab_size)
+    model = language_model(config, run.model, inputs.corpus.tokenizer.vocab_size)
     params = pretrain.trained(workdir / "runs" / run.name, model, costs(config).recipes[run.model])
     nll_B = lambda params, batch: model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]
     nll = jax.jit(lambda *args: sharding.replicate(nll_B(*args)))
@@ -126,7 +125,7 @@ def train_run(
   """Trains one language model in its folder of the workdir, unless it is finished."""
   inputs, recipe = open_inputs(config, cache_dir), costs(config).recipes[run.model]
   corpus, progress = inputs.corpus, progress and hosts.is_leader()
-  model = language_model(config, run.model, corpus.vocab_size)
+  model = language_model(config, run.model, corpus.tokenizer.vocab_size)
   sets = {name: sharding.shard(rows, None, "data") for name, rows in inputs.eval_sets.items()}
 
   def measure(params):

@@ -40,7 +40,6 @@ class Settings:
   worth: bool = option(False, "print the loss on clean text after training on each kind")
   updates: int = option(160, "inner updates of --worth", at_least=1)
   seed: int = option(0, "of the corruptions")
-  __post_init__ = cli.check_fields
 
 
 SOURCES = ("encyclopedia", "speeches", "debates_en", "verse_drama", "software_docs", "code_python")

@@ -53,8 +53,9 @@ def of_kind(table: dict[str, Any], kind: str) -> Any:
   return table[max((name for name in table if kind.startswith(name)), key=len)]
 
 
-def tpu_params(vmem_limit_bytes: int, *semantics: str) -> pltpu.CompilerParams:
-  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_limit_bytes)
+def tpu_params(*semantics: str) -> pltpu.CompilerParams:
+  limit = of_kind(TPUS, kind("pallas_tpu") or "").vmem_bytes * 15 // 16
+  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
 
 
 def triton_params(warps: int, stages: int) -> Any:

@@ -17,7 +17,7 @@ from config import PRESETS, Config
 from corpus.tokenizer import load_tokenizer
 from planner import flops, hlo, targets
 from runtime import sharding
-from runtime.cli import check, check_fields, option
+from runtime.cli import check, option
 
 MICROBATCHES = (2, 4, 8, 16, 32, 64, 128)  # tried in turn if a program does not fit
 
@@ -37,7 +37,6 @@ class Target:
   step_time: float | None = option(None, "seconds of a measured meta-step: reports its utilization")
   utilization: float = option(0.4, "share of the peak assumed for chip-hours", at_least=0)
   search: bool = option(True, "try other flags if the program does not fit")
-  __post_init__ = check_fields
 
 
 class Compiled(NamedTuple):

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import kernels.device
-from runtime.cli import UserError, check, one_line
+from runtime.cli import check, user_error
 
 
 class Chip(NamedTuple):
@@ -81,10 +81,9 @@ def devices(target: str) -> list[Any]:
     return topologies.get_topology_desc(platform="cuda", **options).devices
   os.environ.update(LIBTPU | dict(os.environ))
   full = f"{name}:{topology or CHIPS[name].smallest}"
-  try:
+  errors = RuntimeError, ValueError, NotImplementedError
+  with user_error(errors, f"--target={target} is unknown to libtpu"):
     found = topologies.get_topology_desc(full, platform="tpu").devices
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise UserError(f"--target={target} is unknown to libtpu: {one_line(error)}") from None
   return found if topology else found[:1]
 
 

@@ -4,18 +4,18 @@
   class Config:
     steps: int = option(80, "updates", at_least=1)
     mode: str = option("fast", "how it runs", choices=("fast", "exact"))
-    __post_init__ = cli.check_fields
 
   cli.run(lambda: main(cli.read(Config)), Config)
 
 A field declares its default, help, choices and bounds in one place.
 """
 
+import contextlib
 import dataclasses
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from absl import app, flags, logging
@@ -35,6 +35,16 @@ def check(condition: bool, message: str) -> None:
 
 def one_line(error: BaseException) -> str:
   return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+@contextlib.contextmanager
+def user_error(kinds: Any, problem: str, fix: str = "") -> Iterator[None]:
+  """Raises errors of these kinds as a UserError: `problem (the error in one line): fix`."""
+  try:
+    yield
+  except kinds as error:
+    advice = f": {fix}" if fix else ""
+    raise UserError(f"{problem} ({one_line(error)}){advice}") from error
 
 
 def option(
@@ -81,7 +91,7 @@ def from_values(settings: type[Settings], values: Mapping[str, Any]) -> Settings
   """Builds settings from values of flags or JSON, where tuples are lists.
 
   Raises:
-    UserError: an unknown name, or a list of numbers that has something else.
+    UserError: an unknown name, a list of numbers that has something else, or `check_fields`.
   """
   types = {f.name: str(f.type) for f in dataclasses.fields(settings)}
   unknown = [name for name in values if name not in types]
@@ -91,12 +101,12 @@ def from_values(settings: type[Settings], values: Mapping[str, Any]) -> Settings
     if not isinstance(v, list):
       return v
     kind = next((k for k in (float, int) if f"tuple[{k.__name__}" in types[name]), str)
-    try:
+    with user_error(ValueError, f"--{name}={_shown(v)} is not a list of numbers"):
       return tuple(map(kind, v))
-    except ValueError:
-      raise UserError(f"--{name}={_shown(v)} is not a list of numbers") from None
 
-  return settings(**{name: value(name, v) for name, v in values.items()})
+  config = settings(**{name: value(name, v) for name, v in values.items()})
+  check_fields(config)
+  return config
 
 
 def run(main: Callable[[], None], *settings: type) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from jax.experimental import multihost_utils
 
-from runtime.cli import UserError, check, one_line, option
+from runtime.cli import UserError, check, one_line, option, user_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +61,9 @@ def start(hosts: Hosts) -> None:
       "0 <= process_id < num_processes",
     )
     cluster = dict(coordinator_address=coordinator, num_processes=processes, process_id=process)
-  try:
+  fix = "check that process 0 can be reached there and that each host has its own --process_id"
+  with user_error((ValueError, RuntimeError), f"{named} does not start the run's hosts", fix):
     jax.distributed.initialize(**cluster, heartbeat_timeout_seconds=hosts.heartbeat)
-  except (ValueError, RuntimeError) as error:
-    raise UserError(
-      f"{named} does not start the run's hosts ({one_line(error)}): check that process 0 can be "
-      "reached there and that each host has its own --process_id"
-    ) from None
 
 
 def is_leader() -> bool:
@@ -78,6 +75,11 @@ def say(*text: Any) -> None:
   """Prints, on the leader only."""
   if is_leader():
     print(*text, flush=True)
+
+
+def progress(name: str, done: int, **options: Any) -> tqdm.tqdm:
+  """A bar that starts at `done`; the other hosts' bars are hidden."""
+  return tqdm.tqdm(desc=name, initial=done, disable=not is_leader(), **options)
 
 
 def leader_first(function: Callable[[], Any]) -> Any:
@@ -126,13 +128,11 @@ def stop_together() -> Iterator[None]:
     if not isinstance(error, UserError):
       traceback.print_exception(error)
       # A lost host raises errors of several types, which other failures raise too.
-      message, status = (
-        (
-          f"process {jax.process_index()} of {jax.process_count()} cannot continue "
-          f"({one_line(error)}): if another host has died, see its output; start all of them again "
-          "with the same flags to resume from the last checkpoint"
-        ),
-        1,
+      status = 1
+      message = (
+        f"process {jax.process_index()} of {jax.process_count()} cannot continue "
+        f"({one_line(error)}): if another host has died, see its output; start all of them again "
+        "with the same flags to resume from the last checkpoint"
       )
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from runtime.cli import UserError, check, one_line
+from runtime.cli import check, user_error
 from runtime.files import UNFINISHED, write_text
 
 State = TypeVar("State", bound=NamedTuple)
@@ -35,11 +35,10 @@ def open_workdir(workdir: Path, config: Any, corpus: str, flag: str = "workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(now, indent=1))
     return
-  try:
+  problem = f"{path} is not readable as a run's configuration"
+  with user_error((ValueError, KeyError, TypeError), problem, advice):
     saved = json.loads(path.read_text())
     before = saved["config"] | {"corpus": saved["corpus"]}
-  except (ValueError, KeyError, TypeError):
-    raise UserError(f"{path} is not readable as a run's configuration: {advice}") from None
   check(saved.get("format") == FORMAT, f"{workdir} holds a run of an earlier version: {advice}")
   after = now["config"] | {"corpus": now["corpus"]}
   changed = [name for name in after if before.get(name) != after[name]]
@@ -81,13 +80,9 @@ class Checkpoints:
     return self._restore(step, ocp.args.PyTreeRestore(item, how, partial_restore=True))[name]
 
   def _restore(self, step, args):
-    try:
+    problem = f"the checkpoint {self.folder / str(step)} cannot be read"
+    with user_error(Exception, problem, "delete that folder to resume from the one before"):
       return self.manager.restore(step, args=args)
-    except Exception as error:
-      raise UserError(
-        f"the checkpoint {self.folder / str(step)} cannot be read ({one_line(error)}): "
-        "delete that folder to resume from the one before"
-      ) from error
 
   def close(self) -> None:
     self.manager.wait_until_finished()

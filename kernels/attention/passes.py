@@ -21,7 +21,7 @@ Axes: B sequences, H heads, S tokens, K head width.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +182,10 @@ def run(kernel: Callable, outputs: tuple[str, ...], how: How, x: dict[str, jax.A
   dtype, own_queries, tangents = x["q"].dtype, kernel is not key_gradients, "q_t" in x
   kind = device.kind(how.backend)
   own, block = block_sizes(kernel, S, K, dtype, tangents, how.backend, kind or "")
+  if how.backend == "pallas_gpu":
+    compiler_params = device.triton_params(warps=4, stages=STAGES)
+  else:
+    compiler_params = device.tpu_params("parallel", "parallel", "parallel")
 
   def spec(name):
     if name == "segments":
@@ -210,7 +214,7 @@ def run(kernel: Callable, outputs: tuple[str, ...], how: How, x: dict[str, jax.A
     out_specs=[{name: spec(name) for name in outputs}],
     out_shape=[shapes],
     interpret=kind is None,
-    compiler_params=_compiler_params(how.backend, kind or ""),
+    compiler_params=compiler_params,
     cost_estimate=pl.CostEstimate(
       flops=2 * UNITS[kernel][tangents] * K * pairs,
       transcendentals=pairs,
@@ -257,10 +261,3 @@ def block_sizes(
   while arrays * K * size * (own + STAGES * other) > shared and other > 16:
     own, other = max(16, own // 2), other // 2
   return math.gcd(S, own), math.gcd(S, other)
-
-
-def _compiler_params(backend: str, kind: str) -> Any:
-  if backend == "pallas_gpu":
-    return device.triton_params(warps=4, stages=STAGES)
-  vmem = device.of_kind(device.TPUS, kind).vmem_bytes
-  return device.tpu_params(vmem * 15 // 16, *("parallel",) * 3)

@@ -32,23 +32,15 @@ from kernels.loss.second_order import differentiable
 
 CHUNK_ELEMENTS = 2**25  # of q: 64 MiB in bfloat16
 
-
-class Preferred(NamedTuple):
-  """Preferred tiles and pipeline; block_D and stages shrink until they fit in shared memory."""
-
-  tile: tuple[int, int, int]  # block_N, block_V, block_D
-  tangent_tile: tuple[int, int, int]
-  warps: int
-  stages: int
-
-
-# Derived from shared memory and registers (64 per thread for a 128 x 128 float32 tile in 8 warps),
-# not measured.
+# Tiles (block_N, block_V, block_D) without and with tangents, and the pipeline. Derived from shared
+# memory and registers (64 per thread for a 128 x 128 float32 tile in 8 warps), not measured.
+# block_D and the stages shrink until they fit in shared memory.
 PREFERRED = {
-  "NVIDIA H": Preferred((128, 256, 64), (128, 128, 64), 8, 3),
-  "NVIDIA A100": Preferred((128, 256, 32), (128, 128, 32), 8, 3),
-  "": Preferred((128, 128, 32), (128, 64, 32), 8, 3),
+  "NVIDIA H": ((128, 256, 64), (128, 128, 64)),
+  "NVIDIA A100": ((128, 256, 32), (128, 128, 32)),
+  "": ((128, 128, 32), (128, 64, 32)),
 }
+WARPS, STAGES = 8, 3
 
 
 class Blocks(NamedTuple):
@@ -56,22 +48,20 @@ class Blocks(NamedTuple):
   block_V: int
   block_D: int
   chunk_V: int
-  warps: int
   stages: int
 
 
 def block_sizes(n: int, d: int, v: int, dtype, kind: str, tangents: bool) -> Blocks:
   """Tile, chunk and pipeline for hidden [n, d] and unembedding [v, d]."""
-  preferred, available = (device.of_kind(t, kind) for t in (PREFERRED, device.SHARED_BYTES))
-  block_N, block_V, block_D = preferred.tangent_tile if tangents else preferred.tile
-  stages = preferred.stages
+  tiles, available = (device.of_kind(t, kind) for t in (PREFERRED, device.SHARED_BYTES))
   # Not far beyond the array's size; tensor cores take at least 16.
   block_N, block_V, block_D = (
     min(block, max(16, pl.next_power_of_2(size)))
-    for block, size in ((block_N, n), (block_V, v), (block_D, d))
+    for block, size in zip(tiles[tangents], (n, v, d), strict=True)
   )
   # A block each of h and W (and of their tangents) per stage of the pipeline.
   row = (block_N + block_V) * jnp.dtype(dtype).itemsize * (2 if tangents else 1)
+  stages = STAGES
   while stages * block_D * row > available:
     if stages > 2:
       stages -= 1
@@ -80,7 +70,7 @@ def block_sizes(n: int, d: int, v: int, dtype, kind: str, tangents: bool) -> Blo
   # Whole tiles. A chunk size that divides V, if there is one, saves a smaller last chunk's buffers.
   most = min(max(CHUNK_ELEMENTS // n, 1024) // block_V, pl.cdiv(v, block_V)) * block_V
   chunk_V = min(range(block_V, most + 1, block_V), key=lambda c: (c <= most // 2, v % c > 0, -c))
-  return Blocks(block_N, block_V, block_D, min(v, chunk_V), preferred.warps, stages)
+  return Blocks(block_N, block_V, block_D, min(v, chunk_V), stages)
 
 
 def _statistics(x):
@@ -164,7 +154,7 @@ def _call(kernel, x, blocks, size, outputs):
     out_specs=[jax.tree.map(lambda _: out_spec, outputs)],
     out_shape=[jax.tree.map(lambda _: out_shape, outputs)],
     interpret=device.kind("pallas_gpu") is None,
-    compiler_params=device.triton_params(blocks.warps, blocks.stages),
+    compiler_params=device.triton_params(WARPS, blocks.stages),
     cost_estimate=pl.CostEstimate(
       flops=2 * n * d * size * (1 + ("dh" in x) + ("dw" in x)),
       transcendentals=n * size,

@@ -30,7 +30,6 @@ and v5p have two cores per chip: each takes half of the vocabulary and sums its 
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,41 +45,26 @@ INTERPRET: bool | pltpu.InterpretParams = True  # without a TPU; tests watch for
 LANES = 128
 TABLES = "w", "dw"  # the inputs that have a row per column of the vocabulary
 
-
-class Preferred(NamedTuple):
-  """(block_N, block_V) of each pass, halved until they fit in VMEM."""
-
-  statistics: tuple[int, int]
-  gradients: tuple[int, int]
-  tangent_statistics: tuple[int, int]
-  tangents: tuple[int, int]
-
-
-# Derived from the FLOPs per byte above, not measured: v6e needs 560, v5e 240, v5p 166.
+# (block_N, block_V) of each pass, halved until they fit in VMEM. Derived from the FLOPs per byte
+# above, not measured: v6e needs 560, v5e 240, v5p 166.
+PASSES = "statistics", "gradients", "tangent_statistics", "tangents"
 PREFERRED = {
-  "TPU v5 lite": Preferred((1024, 1280), (512, 1280), (1024, 640), (512, 640)),
-  "TPU v6 lite": Preferred((2048, 640), (512, 1280), (1024, 640), (512, 640)),
-  "TPU v5": Preferred((1024, 640), (512, 640), (512, 640), (256, 640)),
-  "TPU v4": Preferred((512, 256), (256, 256), (256, 256), (128, 256)),
-  "": Preferred((1024, 640), (512, 640), (512, 640), (256, 640)),
+  "TPU v5 lite": ((1024, 1280), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v6 lite": ((2048, 640), (512, 1280), (1024, 640), (512, 640)),
+  "TPU v5": ((1024, 640), (512, 640), (512, 640), (256, 640)),
+  "TPU v4": ((512, 256), (256, 256), (256, 256), (128, 256)),
+  "": ((1024, 640), (512, 640), (512, 640), (256, 640)),
 }
 
 
-class Blocks(NamedTuple):
-  block_N: int
-  block_V: int
-  cores: int
-  vmem_limit_bytes: int
-
-
-def block_sizes(n, d, v, dtype, w_dtype, kind: str, kernel: str) -> Blocks:
-  """The blocks of `kernel`, a pass named in Preferred, for hidden [n, d] and unembedding [v, d].
+def block_sizes(n, d, v, dtype, w_dtype, kind: str, kernel: str) -> tuple[int, int, int]:
+  """(block_N, block_V, cores) of `kernel`, a name in PASSES, for hidden [n, d] and W [v, d].
 
   Raises:
     ValueError: the smallest blocks do not fit in VMEM (d in the tens of thousands).
   """
   chip = device.of_kind(device.TPUS, kind)
-  block_N, block_V = getattr(device.of_kind(PREFERRED, kind), kernel)
+  block_N, block_V = device.of_kind(PREFERRED, kind)[PASSES.index(kernel)]
   cores = chip.cores if kernel in ("gradients", "tangents") else 1
   while True:
     even_N = _round_up(pl.cdiv(n, pl.cdiv(n, block_N)), 16)
@@ -98,7 +82,7 @@ def block_sizes(n, d, v, dtype, w_dtype, kind: str, kernel: str) -> Blocks:
         f"{kind or 'this TPU'} has {chip.vmem_bytes}; use backend='xla'"
       )
   cores = cores if pl.cdiv(v, even_V) % cores == 0 else 1
-  return Blocks(even_N, even_V, cores, chip.vmem_bytes * 15 // 16)
+  return even_N, even_V, cores
 
 
 def _even_block(v, block_V, cores):
@@ -137,24 +121,24 @@ def _statistics(x):
   tangents = "dh" in x or "dw" in x
   kernel = "tangent_statistics" if tangents else "statistics"
   n, v = x["h"].shape[0], x["w"].shape[0]
-  b = _blocks(x, kernel)
-  rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V)
-  x = _padded(x, rows * b.block_N)
-  token = lambda width: pl.BlockSpec((b.block_N, width), lambda i, j: (i, 0))
-  table = pl.BlockSpec((b.block_V, x["h"].shape[1]), lambda i, j: (j, 0))
-  column = jax.ShapeDtypeStruct((rows * b.block_N, 1), jnp.float32)
-  running = pltpu.VMEM((b.block_N, 1), jnp.float32)
+  block_N, block_V, _ = _blocks(x, kernel)
+  rows, blocks_V = pl.cdiv(n, block_N), pl.cdiv(v, block_V)
+  x = _padded(x, rows * block_N)
+  token = lambda width: pl.BlockSpec((block_N, width), lambda i, j: (i, 0))
+  table = pl.BlockSpec((block_V, x["h"].shape[1]), lambda i, j: (j, 0))
+  column = jax.ShapeDtypeStruct((rows * block_N, 1), jnp.float32)
+  running = pltpu.VMEM((block_N, 1), jnp.float32)
   outputs = (0, 0, 0, 0) if tangents else (0, 0, None, None)
   (out,) = pl.pallas_call(
     partial(_statistics_kernel, vocabulary=v),
-    name=f"{kernel}_{b.block_N}x{b.block_V}",
+    name=f"{kernel}_{block_N}x{block_V}",
     grid=(rows, blocks_V),
     in_specs=[_specs(x, token, table)],
     out_specs=[jax.tree.map(lambda _: token(1), outputs)],
     out_shape=[jax.tree.map(lambda _: column, outputs)],
     scratch_shapes=[jax.tree.map(lambda _: running, block_math.empty(1, tangents))],
     interpret=device.kind("pallas_tpu") is None and INTERPRET,
-    compiler_params=device.tpu_params(b.vmem_limit_bytes, "parallel", "arbitrary"),
+    compiler_params=device.tpu_params("parallel", "arbitrary"),
     cost_estimate=_cost(x, v, 3 if tangents else 1, table_passes=rows),
   )(x)
   return jax.tree.map(lambda column: column[:n, 0], out)
@@ -183,32 +167,32 @@ def _gradients(x):
   tangents = "mean" in x
   kernel = "tangents" if tangents else "gradients"
   (n, d), v, dtype = x["h"].shape, x["w"].shape[0], x["h"].dtype
-  b = _blocks(x, kernel)
-  rows, blocks_V = pl.cdiv(n, b.block_N), pl.cdiv(v, b.block_V) // b.cores
-  x = _padded(x, rows * b.block_N)
+  block_N, block_V, cores = _blocks(x, kernel)
+  rows, blocks_V = pl.cdiv(n, block_N), pl.cdiv(v, block_V) // cores
+  x = _padded(x, rows * block_N)
   wide = x["h"].shape[1]
-  token = lambda width: pl.BlockSpec((b.block_N, width), lambda core, j, i: (i, 0))
-  table = pl.BlockSpec((b.block_V, wide), lambda core, j, i: (core * blocks_V + j, 0))
+  token = lambda width: pl.BlockSpec((block_N, width), lambda core, j, i: (i, 0))
+  table = pl.BlockSpec((block_V, wide), lambda core, j, i: (core * blocks_V + j, 0))
   d_hidden, d_table = pl.pallas_call(
     partial(_gradients_kernel, vocabulary=v),
-    name=f"{kernel}_{b.block_N}x{b.block_V}",
-    grid=(b.cores, blocks_V, rows),
+    name=f"{kernel}_{block_N}x{block_V}",
+    grid=(cores, blocks_V, rows),
     in_specs=[_specs(x, token, table)],
     out_specs=[pl.BlockSpec(memory_space=pl.ANY), table],
     out_shape=[
-      jax.ShapeDtypeStruct((b.cores, rows * b.block_N, wide), jnp.float32),
+      jax.ShapeDtypeStruct((cores, rows * block_N, wide), jnp.float32),
       jax.ShapeDtypeStruct((v, wide), x["w"].dtype),
     ],
     scratch_shapes=[
-      {name: pltpu.VMEM((b.block_V, wide), dtype) for name in TABLES if name in x},
-      pltpu.VMEM((b.block_V, wide), jnp.float32),
-      pltpu.VMEM((2, b.block_N, wide), jnp.float32),
+      {name: pltpu.VMEM((block_V, wide), dtype) for name in TABLES if name in x},
+      pltpu.VMEM((block_V, wide), jnp.float32),
+      pltpu.VMEM((2, block_N, wide), jnp.float32),
       pltpu.SemaphoreType.DMA((2,)),
       pltpu.SemaphoreType.DMA((2,)),
     ],
     interpret=device.kind("pallas_tpu") is None and INTERPRET,
-    compiler_params=device.tpu_params(b.vmem_limit_bytes, "parallel", "arbitrary", "arbitrary"),
-    cost_estimate=_cost(x, v, 7 if tangents else 3, token_passes=b.cores * blocks_V),
+    compiler_params=device.tpu_params("parallel", "arbitrary", "arbitrary"),
+    cost_estimate=_cost(x, v, 7 if tangents else 3, token_passes=cores * blocks_V),
   )(x)
   return jnp.sum(d_hidden, 0)[:n, :d].astype(dtype), d_table[:, :d]
 

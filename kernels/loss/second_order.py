@@ -25,7 +25,7 @@ def differentiable(backend: str, statistics: Callable, gradients: Callable):
   """(token_nll, nll_and_grads), each with a forward-mode rule."""
 
   def combined(axis_name, x):
-    """(nll, nll', inputs of `gradients`), with statistics over the whole vocabulary."""
+    """(nll, or nll' if x has dh or dw; inputs of `gradients`), over the whole vocabulary."""
     x = x | dict(y=shard_targets(x["y"], x["w"], axis_name))
     lse, target, mean, d_target = statistics({k: x[k] for k in x if k not in ("c", "dc")})
     if axis_name is not None:
@@ -36,16 +36,12 @@ def differentiable(backend: str, statistics: Callable, gradients: Callable):
       target, mean, d_target = jax.lax.psum((target, mean, d_target), axis_name)
       lse = everywhere
     if mean is None:
-      return lse - target, None, x | dict(lse=lse)
-    return lse - target, mean - d_target, x | dict(lse=lse, mean=mean)
+      return lse - target, x | dict(lse=lse)
+    return mean - d_target, x | dict(lse=lse, mean=mean)
 
   def grads(axis_name, x):
-    nll, _, x = combined(axis_name, x)
+    nll, x = combined(axis_name, x)
     return nll, *gradients(x)
-
-  def grads_tangent(axis_name, x):
-    _, d_nll, x = combined(axis_name, x)
-    return d_nll, *gradients(x)
 
   def grads_jvp(axis_name, x, results, tangents):
     tangents = _named(tangents)
@@ -57,9 +53,9 @@ def differentiable(backend: str, statistics: Callable, gradients: Callable):
     return nll_tangent_op(axis_name, x | _named(tangents))
 
   operation = lambda apply, jvp=None: Operation(f"the {backend} loss", apply, jvp, in_turn=True)
-  nll_op = operation(lambda axis_name, x: combined(axis_name, x)[:1], nll_jvp)
-  nll_tangent_op = operation(lambda axis_name, x: combined(axis_name, x)[1:2])
-  grads_op, grads_tangent_op = operation(grads, grads_jvp), operation(grads_tangent)
+  nll = lambda axis_name, x: combined(axis_name, x)[:1]
+  nll_op, nll_tangent_op = operation(nll, nll_jvp), operation(nll)
+  grads_op, grads_tangent_op = operation(grads, grads_jvp), operation(grads)
 
   def token_nll(h, w, y, axis_name=None):
     return nll_op(axis_name, dict(h=h, w=w, y=y))[0]

@@ -189,7 +189,7 @@ def letters(tmp_path):
 def test_packed_runs_are_rated_by_packed_sequence(letters, tmp_path):
   rater = fake_rater(data=(str(letters),), packing="pack", validation_fraction=0.5)
   u = read_units(Config(), rater, tmp_path / "cache")
-  corpus = load_corpus(settings.data_config(rater.config), tmp_path / "cache", progress=False)
+  corpus = load_corpus(rater.config, tmp_path / "cache", progress=False)
   assert (
     u.kind == "packed sequence" and len(u.texts) == len(corpus.splits["validation"].tokens) > 64
   )
@@ -210,7 +210,7 @@ def test_packed_runs_are_rated_by_packed_sequence(letters, tmp_path):
 def test_other_runs_are_rated_by_document_and_seen_by_neither_loop(letters, tmp_path):
   rater = fake_rater(data=(str(letters),), validation_fraction=0.3)
   u = read_units(Config(), rater, tmp_path / "cache")
-  config = settings.data_config(rater.config)
+  config = rater.config
   assert u.kind == "document" and {split_of(t, config)[0] for t in u.texts} == {"validation"}
   columns = dict(zip(NAMES, u.features.T, strict=True))
   assert set(columns["num_articles"]) == {1}

@@ -635,7 +635,7 @@ def test_hosts_score_what_is_not_done_once_in_as_many_rounds(hosts, done, tmp_pa
   job = curation.job.Job(settings, None, find_inputs((path,)), DataConfig((path,)), "jsonl")
   everything = list(local.read(job, [], lambda number: True))
   assert [len(shard.usable) for shard in everything] == [8] * 9 + [3]
-  abouts = [records.describe(shard, job.inputs, "jsonl", tokens=0) for shard in everything]
+  abouts = [local.describe(job, shard, tokens=0) for shard in everything]
   scored = {i: local.Scored(np.zeros(8), np.zeros(8), abouts[i]) for i in done}
   start = local.unbroken(scored)
   monkeypatch.setattr(local, "prepare", lambda job, shard: ([x.value for x in shard.usable],))

@@ -14,7 +14,6 @@ import pytest
 
 import rating
 import selection
-from config import data_config
 from corpus.batches import drawn_rows
 from corpus.documents import read_documents, split_of
 from corpus.tokenizer import load_tokenizer
@@ -104,7 +103,7 @@ def test_what_is_reported_is_disjoint_from_what_anything_learned_from_or_was_cho
   finished, cache
 ):
   config = config_of(finished[0])
-  settings = data_config(plan.rater_settings(config))
+  settings = plan.rater_settings(config)
   texts = {"train": "", "outer": "", "selection": "", "validation": ""}
   for document in read_documents(settings):
     split, bits = split_of(document.text, settings)

@@ -252,8 +252,7 @@ def test_a_program_that_does_not_fit_is_reported():
 @pytest.mark.skipif(missing["h100"], reason=reason)
 def test_too_much_shared_memory_is_refused(monkeypatch):
   """Hence a passing compile means that the kernels fit."""
-  preferred = pallas_gpu.Preferred((128, 256, 64), (128, 128, 64), 8, 9)
-  monkeypatch.setattr(pallas_gpu, "PREFERRED", {"": preferred})
+  monkeypatch.setattr(pallas_gpu, "STAGES", 9)
   monkeypatch.setattr(device, "SHARED_BYTES", {"": 10**9})
   with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
     _compile("h100", "pallas_gpu", "value", 32_000)
