@@ -36,12 +36,12 @@ setup: .venv/ready .cache/demo_corpus.jsonl
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.venv-compile/ready: pyproject.toml
+.venv-compile/ready: .venv/ready  # the packages of .venv, and the compilers
 	$(PYTHON) -m venv .venv-compile
-	.venv-compile/bin/python -m pip install --quiet --upgrade pip
-	.venv-compile/bin/python -m pip install --quiet --editable '.[dev]' libtpu
-	version=$$(.venv-compile/bin/python -c 'import jax; print(jax.__version__)'); \
-	  .venv-compile/bin/python -m pip install --quiet --no-deps nvidia-cuda-nvcc \
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$site" > "$$(.venv-compile/bin/python -c "$$site")/venv.pth"
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	  .venv-compile/bin/python -m pip install --quiet --no-deps libtpu nvidia-cuda-nvcc \
 	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	touch $@
 
