@@ -103,18 +103,23 @@ def tables(folder: Path) -> str:
 def summary(folder: Path) -> str:
   """One table of all settings: final NLL on validation, and compute to match the baseline."""
   rows = ["| | random | perplexity, best | rater | paper's rater |", "|---|---|---|---|---|"]
-  share = lambda metric: f"{x:.0%}" if (x := metric["compute_fraction"]) is not None else "never"
+
+  def cells(values: list[float | None], form: str) -> str:  # the lowest in bold
+    lowest = min((x for x in values if x is not None), default=None)
+    texts = ["never" if x is None else format(x, form) for x in values]
+    pairs = zip(texts, values, strict=True)
+    return " | ".join(f"**{t}**" if x == lowest is not None else t for t, x in pairs)
+
   for name, title in SHORT.items():
     (policies,) = results(folder / name)["models"].values()
     metrics = {policy: p["metrics"]["nll/validation"] for policy, p in policies.items()}
     best = min((p for p in metrics if p.startswith("pplx")), key=lambda p: metrics[p]["mean"])
     shown = [metrics[p] for p in ("random", best, "datarater")]
-    lowest = min(shown, key=lambda m: m["mean"])
-    cells = [f"**{m['mean']:.3f}**" if m is lowest else f"{m['mean']:.3f}" for m in shown]
-    baseline = metrics["none"]["mean"]
-    rows.append(f"| {title}: NLL (unfiltered {baseline:.3f}) | {' | '.join(cells)} | |")
-    paper = "1B models: Pile 72%, C4/noclean 78%, C4 93% (Fig. 1)" if name == "tiny" else ""
-    rows.append(f"| compute to match | {' | '.join(map(share, shown))} | {paper} |")
+    baseline, nll = metrics["none"]["mean"], cells([m["mean"] for m in shown], ".3f")
+    rows.append(f"| {title}: NLL (unfiltered {baseline:.3f}) | {nll} | |")
+    paper = " 1B models: Pile 72%, C4/noclean 78%, C4 93% (Fig. 1)" if name == "tiny" else ""
+    shares = cells([m["compute_fraction"] for m in shown], ".0%")
+    rows.append(f"| compute to match | {shares} |{paper} |")
   return "\n".join(rows)
 
 

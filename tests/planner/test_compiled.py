@@ -79,27 +79,11 @@ def test_kernels_compile_small(target, V, order):
   assert kernel_call in text  # not an interpreter
   assert _largest_temporary(text, V) < N * V / 5
   # Dense needs at least float32 logits for a value, and another [N, V] for a gradient and its HVP.
-  # The compiler for TPUs refuses a dense module that does not fit, so this bound replaces it.
-  dense = 4 * N * V if order == "value" else 6 * N * V
-  assert _temp(compiled) < dense / VOCABULARIES[V]
-
-
-@pytest.mark.parametrize("order", UNITS)
-@pytest.mark.parametrize("target", TARGETS)
-def test_temporary_memory_is_a_tenth_of_the_dense_module(target, order):
-  V = 32_000
-  dense = _compile(target, "reference", order, V)
-  assert _largest_temporary(dense[1], V) >= N * V  # the search finds the logits
-  assert _temp(_compile(target, _backend(target), order, V)) < _temp(dense) / 10
-
-
-@pytest.mark.parametrize("order", UNITS)
-def test_temporary_memory_is_a_fiftieth_of_the_dense_module(order):
-  """On the H100: its compiler accepts a dense module that fits no device."""
-  if missing["h100"]:
-    pytest.skip(reason)
-  dense, ours = (_temp(_compile("h100", b, order, 256_000)) for b in ("reference", "pallas_gpu"))
-  assert ours < dense / 50
+  assert _temp(compiled) < (4 if order == "value" else 6) * N * V / VOCABULARIES[V]
+  if V == 32_000 or target == "h100":  # compilers for TPUs refuse a dense module that does not fit
+    dense = _compile(target, "reference", order, V)
+    assert _largest_temporary(dense[1], V) >= N * V  # the search finds the logits
+    assert _temp(compiled) < _temp(dense) / VOCABULARIES[V]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
