@@ -59,7 +59,7 @@ def test_learned_rates_are_as_good_as_the_best_of_a_sweep(
 def test_learned_initialization_adapts_where_one_of_the_mixture_does_not(
   tmp_path, capsys, quick_compile
 ):
-  ours, rival = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=500)
+  ours, rival = _run("maml", tmp_path, capsys, seed=100, seeds=1, updates=300)
   assert ours[0] < rival[0] / 2
 
 
