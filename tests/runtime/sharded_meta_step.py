@@ -2,7 +2,7 @@
 
 Prints a line for each property that holds.
 
-Axes: N inner models, T inner steps, B sequences, S tokens, K meta-steps of a call.
+Axes: N inner models, T inner steps, B sequences, S tokens, C meta-steps of a call.
 """
 
 import functools
@@ -23,7 +23,7 @@ import transformer
 from evaluation import pretrain
 from runtime import cli, devices, sharding, workdir
 
-N, T, B, S, K, V, D = 8, 2, 8, 12, 3, 40, 16
+N, T, B, S, C, V, D = 8, 2, 8, 12, 3, 40, 16
 LARGE = 128  # all but norms and the head
 LIFETIME = 8  # two of the eight are re-initialized in every meta-step
 
@@ -62,7 +62,7 @@ def setting(dtype, backend):
     segments = np.sort(rng.integers(1, 3, size=(*axes, S), dtype=np.int32))
     return transformer.Batch(tokens, segments)
 
-  return init, algorithm, (batch(K, N, T, B), batch(K, N, B), batch(B))
+  return init, algorithm, (batch(C, N, T, B), batch(C, N, B), batch(B))
 
 
 def uniform(init, key):
@@ -71,8 +71,8 @@ def uniform(init, key):
 
 
 @functools.cache
-def compiled(shape, dtype, backend):
-  """(initial state, compiled program, its batches) on a mesh of `shape`."""
+def initial(shape, dtype, backend):
+  """(state, its shardings, batches, algorithm) on a mesh of `shape`."""
   mesh = over(*shape)
   init, algorithm, batches = setting(dtype, backend)
   axes = (None, "population", None, "data"), (None, "population", "data"), ("data",)
@@ -85,17 +85,25 @@ def compiled(shape, dtype, backend):
     shapes = jax.eval_shape(init, key, batches[2])
     shardings = sharding.state_shardings(mesh, shapes, LARGE)
     state = jax.jit(init, out_shardings=shardings)(key, placed[2])
+  return state, shardings, placed, algorithm
+
+
+@functools.cache
+def compiled(shape, dtype, backend):
+  """(initial state, compiled program, its batches)."""
+  mesh, (state, shardings, placed, algorithm) = over(*shape), initial(shape, dtype, backend)
+  with sharding.use_mesh(mesh):
     step = functools.partial(meta_step.meta_steps, algorithm)
     out = shardings and (shardings, sharding.named(mesh))
     return state, jax.jit(step, out_shardings=out).lower(state, *placed).compile(), placed
 
 
 def two_calls(shape, dtype="float64", backend="xla"):
-  """Results of two calls of K meta-steps, and their program."""
+  """Results of two calls of C meta-steps, and their program."""
   state, step, batches = compiled(shape, dtype, backend)
   first, metrics = step(state, *batches)
   second, _ = step(first, *batches)
-  assert second.members.age.min() < T * K  # some were re-initialized
+  assert second.members.age.min() < T * C  # some were re-initialized
   return (state, first, second, metrics), step
 
 
@@ -161,6 +169,9 @@ def kernels():
   actual, _ = two_calls((2, 4), "float32", backend="pallas_tpu")
   assert_close(actual, expected, 1e-5)
   print("kernels under the mesh")
+  for shape in ((1, 8), (8, 1)):  # what Haiku draws; (2, 4) is compared above
+    assert_close(initial(shape, "float32", "xla")[0], expected[0], 1e-5)
+  print("fresh members are the same on any mesh")
 
 
 def layout():
