@@ -12,6 +12,7 @@ favor of the rival. The rater is nano, trained for 400 meta-steps with a lifetim
 
 import argparse
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -103,13 +104,6 @@ def tables(folder: Path) -> str:
 def summary(folder: Path) -> str:
   """One table of all settings: final NLL on validation, and compute to match the baseline."""
   rows = ["| | random | perplexity, best | rater | paper's rater |", "|---|---|---|---|---|"]
-
-  def cells(values: list[float | None], form: str) -> str:  # the lowest in bold
-    lowest = min((x for x in values if x is not None), default=None)
-    texts = ["never" if x is None else format(x, form) for x in values]
-    pairs = zip(texts, values, strict=True)
-    return " | ".join(f"**{t}**" if x == lowest is not None else t for t, x in pairs)
-
   for name, title in SHORT.items():
     (policies,) = results(folder / name)["models"].values()
     metrics = {policy: p["metrics"]["nll/validation"] for policy, p in policies.items()}
@@ -121,6 +115,13 @@ def summary(folder: Path) -> str:
     shares = cells([m["compute_fraction"] for m in shown], ".0%")
     rows.append(f"| compute to match | {shares} |{paper} |")
   return "\n".join(rows)
+
+
+def cells(values: list[float | None], form: str) -> str:
+  """Cells of a table, the lowest value in bold; None is never."""
+  lowest = min((x for x in values if x is not None), default=math.nan)
+  mark = lambda x: f"**{x:{form}}**" if x == lowest else f"{x:{form}}"
+  return " | ".join("never" if x is None else mark(x) for x in values)
 
 
 if __name__ == "__main__":
