@@ -72,9 +72,10 @@ meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 @jax.jit
-def train_and_judge(eta, judge, key, batches):
+def train_and_judge(eta, judges, key, batches):
   theta, metas = digits.init_classifier(key), common.repeat(eta, T)
-  return digits.mean_loss(common.train(loss, adamw, theta, metas, batches), judge)
+  theta = common.train(loss, adamw, theta, metas, batches)
+  return [digits.mean_loss(theta, judge) for judge in judges]
 
 
 def run(seed, config):
@@ -89,10 +90,9 @@ def run(seed, config):
     history.append(state.probe_scores)
   keys = jax.random.split(jax.random.fold_in(key, 1), JUDGED)
   runs = [(key, digits.draw(rng, train, T, B)) for key in keys]
-  mean_loss = lambda eta, judge: np.mean([float(train_and_judge(eta, judge, *x)) for x in runs])
-  best = np.argmin([mean_loss(hypers(rate), held_out) for rate in SWEEP])
-  sweep = [mean_loss(hypers(rate), test) for rate in SWEEP]
-  return history, mean_loss(state.eta, test), sweep, best
+  judge = lambda eta: np.mean([train_and_judge(eta, (held_out, test), *x) for x in runs], 0, float)
+  on_held_out, sweep = np.transpose([judge(hypers(rate)) for rate in SWEEP])
+  return history, judge(state.eta)[1], sweep, np.argmin(on_held_out)
 
 
 def main(config: Config) -> tuple[np.ndarray, np.ndarray]:
