@@ -38,7 +38,9 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def user_error(kinds: Any, problem: str, fix: str = "") -> Iterator[None]:
+def user_error(
+  kinds: type[Exception] | tuple[type[Exception], ...], problem: str, fix: str = ""
+) -> Iterator[None]:
   """Raises errors of these kinds as a UserError: `problem (the error in one line): fix`."""
   try:
     yield

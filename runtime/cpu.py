@@ -16,6 +16,7 @@ def keep_freed_memory() -> None:
   plugins = any(map(importlib.util.find_spec, ("libtpu", "jax_cuda13_plugin")))
   on_cpu = not plugins or os.environ.get("JAX_PLATFORMS") == "cpu"
   if on_cpu and platform.libc_ver()[0] == "glibc":
+    libc = ctypes.CDLL(None)
     # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     for parameter, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 2**28)):
-      ctypes.CDLL(None).mallopt(parameter, value)
+      libc.mallopt(parameter, value)
