@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Config(DataConfig):
-  """All that determines a run's result. Every field is a flag; a preset changes some defaults."""
+  """All that determines what a run writes. Every field is a flag; presets change some defaults."""
 
   model: str = option(
     "tiny", "size of the inner models theta", choices=transformer.PRESETS, section="Models"
@@ -47,16 +47,18 @@ class Config(DataConfig):
   )
   remat: str | None = option(
     None,
-    "recomputed in the backward pass: none: nothing; block: a block from its input; products: all "
-    "but a block's matmuls; default block from 50m on, none below",
+    "what the backward pass recomputes: nothing (none), all of a block (block), all of it but the "
+    "matmuls (products); default: block from 50m on, none below",
     choices=transformer.REMAT,
   )
   microbatches: int = option(1, "parts a batch is computed in; saves memory", at_least=1)
   inner_learning_rate: float = option(3e-3, "of Theta, AdamW", at_least=0)
-  inner_warmup: int = option(0, "inner updates of warm-up after each re-initialization", at_least=0)
+  inner_warmup: int = option(
+    0, "of Theta: updates of warm-up after each re-initialization", at_least=0
+  )
   inner_weight_decay: float = option(0.0, "of Theta, decoupled", at_least=0)
   meta_learning_rate: float = option(2e-3, "of H, AdamW", at_least=0)
-  meta_warmup: int = option(10, "meta-steps of linear warm-up", at_least=0)
+  meta_warmup: int = option(10, "of H: meta-steps of linear warm-up", at_least=0)
   meta_weight_decay: float = option(0.1, "of H, decoupled", at_least=0)
   meta_clip: float = option(0.01, "global norm that a meta-gradient is clipped to", at_least=0)
 
@@ -178,11 +180,11 @@ def transformer_config(config: Config, size: str, vocab_size: int) -> transforme
 
 def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
   """The batches of one compiled call: shape, and for each axis the mesh axis it is sharded over."""
-  K, T, S = config.steps_per_call, config.inner_steps, config.sequence_length
+  C, T, S = config.steps_per_call, config.inner_steps, config.sequence_length
   m = config.drawn_members
   return {
-    "inner": ((K, m, T, config.inner_batch, S), (None, "population", None, "data")),
-    "outer": ((K, m, config.outer_batch, S), (None, "population", "data")),
+    "inner": ((C, m, T, config.inner_batch, S), (None, "population", None, "data")),
+    "outer": ((C, m, config.outer_batch, S), (None, "population", "data")),
     "probe": ((config.outer_batch, S), ("data",)),
   }
 

@@ -50,7 +50,7 @@ def unroll(
     batches: pytree with a leading axis T.
     mode: how the gradient is computed; the result is the same in every mode.
       "mixed": MixFlow-MG. Saves every g_t and every eighth state. A step's Hessian-vector product
-        costs about 8 forward passes (9 for attention); 2 (3) of them recompute activations. The
+        costs about 8 forward passes (9 in attention), of which 2 (3) recompute activations. The
         element-wise optimizer runs 2 min(T, 8) more times per step, to recompute states.
       "mixed_offload": the same, with the saved arrays in host memory.
       "mixed_save": MixFlow-MG that also saves each step's matmul results: 6 forward passes, at the
@@ -104,7 +104,7 @@ def window_gradient(
 
   Returns (value, d value / d metas, the state after T updates, aux).
   """
-  if mode in mixflow.MODES and mixflow.fits_one_segment(mode, batches):
+  if mode in mixflow.MODES and mixflow.fits_one_segment(mode, batches):  # of at most 8 steps
     inner = mixflow.Inner(loss_fn, partial(update, optimizer), mode)
     return mixflow.window_gradient(inner, outer_loss, state, metas, batches)
 

@@ -3,22 +3,23 @@
   line of Algorithm 1                                       here
   repeat K times                                            train.py: `train`
     for each inner model i:                                 `meta_step`: members in turn
-      theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)    `inner_loop.unroll`, T updates
+      theta^i_{k+1} = UpdateInnerModel(theta^i_k, eta_k)    `inner_loop.unroll`: T updates
         B_t ~ D_train, N_inner sequences                    train.py: `draw`; inner_batches
         g_t = sum_i sigma_i(phi_eta) grad l_i               `datarater_problem`: inner_loss
       B_k ~ D_test, N_outer sequences                       train.py: `draw`; outer_batches
-      g^i = d L(B_k; theta^i_{k+1}(eta_k)) / d eta          `meta_gradient`
-      etabar^i = H(eta_k, g^i)                              `update_member`, its own Adam
+      g^i = d L(B_k; theta^i_{k+1}(eta_k)) / d eta          `meta_gradient`, by
+                                                            `inner_loop.window_gradient`
+      etabar^i = H(eta_k, g^i)                              `update_member`; one Adam per member
       re-initialize theta^i at the end of its lifetime      `update_member`
     eta_{k+1} = mean_i etabar^i                             last lines of `meta_step`
 
-Inner models persist over meta-steps and are re-initialized in turn, so that at any time the
-population stands at all stages of training (the paper's stratified lifetimes).
+Inner models persist over meta-steps and are re-initialized at different times, so that the
+population always stands at all stages of training (the paper's stratified lifetimes).
 
 A `Problem` says what eta is and how it enters the inner loss; `datarater_problem` is the paper's.
 
 Axes: N inner models, m of them drawn for a meta-step, T inner steps, B sequences, P probe
-sequences, K meta-steps of a call.
+sequences, C meta-steps of one call.
 """
 
 import dataclasses
@@ -86,7 +87,8 @@ def meta_step(
   m = algorithm.members_per_step or N
   drawn = jnp.arange(N)
   if m < N:
-    drawn = jax.random.permutation(_key(state.key, state.step, N), N)[:m]
+    key = _key(state.key, state.step, N)  # members take 0 to N - 1
+    drawn = jax.random.permutation(key, N)[:m]
 
   def in_turn(eta, members, *batches):
     # One member after the other, in place: vmap would turn every matmul into a batched one (slow
@@ -185,13 +187,13 @@ def meta_gradient(
 def meta_steps(
   algorithm: Algorithm, state: MetaState, inner_batches: Any, outer_batches: Any, probe: Any
 ) -> tuple[MetaState, dict]:
-  """K meta-steps (the outer loop of Algorithm 1) and their diagnostics.
+  """C of the K meta-steps of Algorithm 1, and their diagnostics.
 
   Args:
-    inner_batches: leading axes [K, m, T]; outer_batches: [K, m].
+    inner_batches: leading axes [C, m, T]; outer_batches: [C, m].
     probe: a fixed batch of P sequences.
 
-  Returns the new state and a dict of arrays [K] or [K, m], plus `score_autocorrelation`, a scalar:
+  Returns the new state and a dict of arrays [C] or [C, m], plus `score_autocorrelation`, a scalar:
   the correlation of the probe's scores before and after the call (near 1 at convergence).
   """
   previous = state.probe_scores
@@ -204,10 +206,10 @@ def meta_steps(
 
 def init(algorithm: Algorithm, key: Any, eta: Any, probe: Any) -> MetaState:
   """The state before the first meta-step: eta as given and N fresh inner models. The first lifetime
-  of member i is shorter by i / N of it, so that re-initializations are staggered."""
+  of member i is only (1 - i / N) of a lifetime, so that re-initializations are staggered."""
   a, N, zero = algorithm, algorithm.n_models, jnp.zeros((), jnp.int32)
 
-  def members(eta, ids):
+  def fresh(eta, ids):
     def member(i):
       inner = inner_loop.init(a.inner_optimizer, a.problem.init_inner(_key(key, 0, i)))
       staggered = a.lifetime - i * a.lifetime // N
@@ -216,7 +218,7 @@ def init(algorithm: Algorithm, key: Any, eta: Any, probe: Any) -> MetaState:
 
     return jax.lax.map(member, ids), ()
 
-  members, _ = sharding.over_population(members)(eta, jnp.arange(N, dtype=jnp.int32))
+  members, _ = sharding.over_population(fresh)(eta, jnp.arange(N, dtype=jnp.int32))
   return MetaState(
     eta=eta,
     members=members,
@@ -281,9 +283,8 @@ def paper_meta_optimizer(
   clip: float = 0.01,
   eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-  """H: Adam with decoupled weight decay, linear warm-up and global-norm clip, set as in the paper.
-
-  The learning rate is our choice: the paper does not state it.
+  """H: Adam with decoupled weight decay, linear warm-up and global-norm clip. All is set as in
+  the paper, but for the learning rate, which the paper does not state.
   """
   adamw = optax.adamw(_warm_up(learning_rate, warmup), weight_decay=weight_decay, eps=eps)
   return optax.chain(optax.clip_by_global_norm(clip), adamw)

@@ -1,10 +1,10 @@
 """MixFlow-MG: the gradient of an inner loop by mixed-mode differentiation (arXiv 2505.00793).
 
-Plain reverse mode would also store the activations of each step's backward pass. The Hessian H is
+Plain reverse mode would also store the activations of each step's backward pass. The Hessian is
 symmetric, so for a cotangent u of g_t = d loss / d theta one forward-mode derivative along u, at
 eps = 0,
 
-  d/d eps (d loss/d theta, d loss/d meta)(theta + eps u)  =  (H u, u^T d^2 loss/d theta d meta)
+  d/d eps (d loss/d theta, d loss/d meta)(theta + eps u) = (Hessian u, u^T d^2 loss/d theta d meta)
 
 gives the cotangents that theta_t and meta_t receive through g_t. Only the element-wise optimizer
 Theta is differentiated in reverse. We save every g_t and every SEGMENT-th state, and recompute the
@@ -83,7 +83,7 @@ class Saved(NamedTuple):
 def _segment(inner, truncated, is_first):
   """(state, (metas, batches)) -> (state, aux) with a mixed-mode derivative.
 
-  is_first: the first segment's start is not offloaded: the caller holds it anyway."""
+  is_first: its start stays on the device, where the caller keeps it anyway."""
   forward = partial(_forward, inner, is_first)
   rule = jax.custom_vjp(lambda state, x: forward(state, x)[0])
 
@@ -115,7 +115,7 @@ def _forward(inner, keep_start, state, x):
 def _backward(inner, saved, cotangent, truncated):
   """Takes d/d(state after the steps); returns d/d(state before them) and d/d(metas) [T].
 
-  truncated: the state before them is a constant, so the first step needs no H u."""
+  truncated: the state before them is a constant, so the first step needs no Hessian u."""
   step = lambda cotangent, x: _step_backward(inner, saved, cotangent, *x)
   (g_0, grads), (x_0, later) = saved.grads, _first_and_later(saved.x)
   ts = jnp.arange(1, _length(saved.x))
@@ -127,16 +127,16 @@ def _backward(inner, saved, cotangent, truncated):
 def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
   """Step t: takes d/d(state after it); returns d/d(state before it), d/d(meta)."""
   meta, batch = x
-  theta = slice(len(jax.tree.leaves(saved.start.params)))  # theta's part of a state's cotangent
+  of_theta = slice(len(jax.tree.leaves(saved.start.params)))  # its part of a state's cotangent
 
   def recompute(after):
     """(state before step t, g_t); the barrier delays them until `after` is computed."""
     _, (start, grads, g_t) = jax.lax.optimization_barrier((after, (*saved[:2], g)))
     return _recompute(inner, Saved(start, grads, saved.x), t), _to_device(g_t)
 
-  # The state is recomputed before and after the HVP, where memory peaks, so only theta_t is live
-  # during it. The barriers stop XLA from merging the two or keeping the forward pass's states.
-  state, g_t = recompute(cotangent[theta])
+  # Memory peaks in the HVP. Only theta_t is live there, as the state is recomputed before it and
+  # again after it. The barriers stop XLA from merging the two or keeping the forward pass's states.
+  state, g_t = recompute(cotangent[of_theta])
   _, pull_back = jax.vjp(partial(inner.update, state), g_t, meta)
   u, of_meta = pull_back(_cotangent(state, cotangent))
   hessian = inner.mode != "first_order" and not constant_theta
@@ -148,7 +148,7 @@ def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
   _, pull_back = jax.vjp(lambda state: inner.update(state, g_t, meta), state)
   cotangent = _floating(pull_back(_cotangent(state, cotangent)))
   if hessian:
-    cotangent[theta] = [a + b for a, b in zip(cotangent[theta], hessian_u, strict=True)]
+    cotangent[of_theta] = [a + b for a, b in zip(cotangent[of_theta], hessian_u, strict=True)]
   return cotangent, of_meta
 
 
@@ -169,15 +169,16 @@ def _recompute(inner, saved, t):
 
 
 def _hessian_vector_product(inner, params, meta, batch, u, hessian):
-  """(H u, u^T d^2 loss / d theta d meta), forward over reverse. Without `hessian`, H u is []."""
+  """(Hessian u, u^T d^2 loss / d theta d meta), forward over reverse. Without `hessian`, the first
+  is []."""
   gradients = lambda params: _gradients(inner, params, meta, batch, hessian)[0]
   _, (hessian_u, of_meta) = jax.jvp(gradients, (params,), (u,))
   return jax.tree.leaves(hessian_u), of_meta
 
 
 def _gradients(inner, params, meta, batch, hessian):
-  """((d loss / d theta or None, d loss / d meta), (d loss / d theta, aux)). The first pair is
-  differentiated along u, the second is the forward result."""
+  """((d loss / d theta or None, d loss / d meta), (d loss / d theta, aux)). An HVP differentiates
+  the first pair; the second is the result of the forward pass."""
   gradient = jax.grad(inner.loss_fn, argnums=(0, 1), has_aux=True, allow_int=True)
   (g, of_meta), aux = gradient(params, meta, batch)
   return (g if hessian else None, _floating(of_meta)), (g, aux)

@@ -3,8 +3,8 @@
   score = load_rater("runs/demo")
   score(["A text to rate."])     # [1] float32
 
-A document is cut into pieces of at most S tokens as for training (a last piece of fewer than 16
-tokens is dropped). Its score is the mean of phi_eta over the pieces, weighted by their tokens.
+A document is cut into pieces of at most S tokens as for training (a short last piece of a longer
+document is dropped). Its score is the mean of phi_eta over the pieces, weighted by their tokens.
 Pieces are padded to the shortest of S/8, S/4, S/2, S that holds them, in batches of a fixed number
 of tokens: four compiled programs, little padding. A score does not depend on the other documents.
 
@@ -64,7 +64,7 @@ def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarr
 
 
 def open_rater(workdir: str | os.PathLike) -> TrainedRater:
-  """The rater of a workdir's last checkpoint, replicated over the mesh; training may still run.
+  """The rater of a workdir's last checkpoint, on every device of the mesh; training may go on.
 
   Raises:
     UserError: the folder holds no run, or no checkpoint yet.

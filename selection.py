@@ -4,7 +4,8 @@
   P_accept(x)                `acceptance_probability`, `pointwise`   its point-wise equivalent
   a pool of N / (1 - rho)    `pool_size`, `select`                   the batch a policy trains on
 
-Axes: n documents, B sequences of an oversampled batch, M sequences of a pool.
+Axes: n documents, B sequences of an oversampled batch, M sequences of a pool, of which N are kept;
+rho is the discarded fraction.
 """
 
 import hashlib

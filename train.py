@@ -34,7 +34,7 @@ from runtime.files import write_atomically
 from runtime.workdir import Checkpoints, Metrics, StopSignal, open_workdir
 from transformer import Batch, parameter_count
 
-SNAPSHOTS = (0, 10, 30, 70)  # meta-steps of the paper's Fig. 3, at ends of calls; and the last
+SNAPSHOTS = (0, 10, 30, 70)  # meta-steps of the paper's Fig. 3 (where a call ends); and the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,29 +147,29 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
 
 
 def draw(
-  config: Config, mesh: jax.sharding.Mesh, name: str, split: Split, seed: int, start: int = 0
+  config: Config, mesh: jax.sharding.Mesh, name: str, split: Split, seed: int, call: int = 0
 ) -> Iterator[Batch]:
-  """Endless "inner", "outer" or "probe" batches, each for one compiled call, laid out on the mesh.
-  Each host reads the sequences of its own devices."""
+  """Endless "inner", "outer" or "probe" batches, one for each compiled call from number `call` on,
+  laid out on the mesh. Each host reads the sequences of its own devices."""
   shape, axes = settings.batch_shapes(config)[name]
   where = sharding.named(mesh, *axes)
   part = sharding.host_slice(where, shape)[:-1]
-  batches = batch_iterator(split, seed, shape[:-1], start, part)
+  batches = batch_iterator(split, seed, shape[:-1], call, part)
   return (sharding.from_host_slices(batch, where, shape) for batch in batches)
 
 
 def write_metrics(file: Metrics, last_step: int, metrics: dict[str, Any], bar: tqdm.tqdm) -> None:
-  """A line for each of the K meta-steps of a call of meta_step.meta_steps. The last line also has
+  """A line for each of the C meta-steps of a call of meta_step.meta_steps. The last line also has
   score_autocorrelation, unless the earlier scores were all equal (an untrained rater)."""
   if not hosts.is_leader():
     return
   metrics = dict(jax.device_get(metrics))
   correlation = float(metrics.pop("score_autocorrelation"))
   comparable = metrics["score_std"][0].max() > 0
-  K = len(metrics["outer_loss"])
-  for i in range(K):
-    row = {"step": last_step - K + 1 + i} | {name: x[i].tolist() for name, x in metrics.items()}
-    if i == K - 1 and comparable:
+  C = len(metrics["outer_loss"])
+  for i in range(C):
+    row = {"step": last_step - C + 1 + i} | {name: x[i].tolist() for name, x in metrics.items()}
+    if i == C - 1 and comparable:
       row["score_autocorrelation"] = correlation
     file.append(row)
   skipped = int(metrics["skipped"].sum())

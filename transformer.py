@@ -241,8 +241,9 @@ def language_model(
   sequence i that have a next token in the same document, 0 if there are none. Weights that sum to 1
   give the paper's weighted gradient, weights of 1 / B the plain mean. l_B has no gradient.
 
-  `token_loss` takes weights_BS, of the token after each, and gives nll_BS: both hold where
-  `next_token_targets` counts, and weights must be 0 elsewhere.
+  `token_loss(params, weights_BS, batch) -> (sum of weights * nll, nll_BS)` has a weight for each
+  prediction: position s is that of token s + 1. Weights must be 0 where `next_token_targets` counts
+  no prediction; the nll there has no meaning.
 
   microbatches: parts of a batch that `loss` computes in turn, see `accumulate`.
   """
@@ -271,8 +272,8 @@ def language_model(
 
 def accumulate(loss: Callable, microbatches: int) -> Callable:
   """Computes `loss` one microbatch at a time, so only one microbatch's activations are in memory.
-  The result is that of the whole batch, as the loss is a weighted sum. The forward pass also
-  accumulates the gradients, so no microbatch is computed twice."""
+  The result is that of the whole batch, as the loss is a weighted sum. A microbatch's gradient is
+  taken with its loss, so none is computed twice."""
   if microbatches == 1:
     return loss
 

@@ -165,7 +165,7 @@ def fitted_line(fit: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_member(metrics: list[dict], name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-  """Inner model -> (meta-steps [K] for which it was drawn, values [K] of a metric)."""
+  """Inner model -> (meta-steps [n] for which it was drawn, values [n] of a metric)."""
   points = {}
   for row in metrics:
     for member, value in zip(row["member"], row[name], strict=True):
@@ -174,7 +174,7 @@ def by_member(metrics: list[dict], name: str) -> dict[int, tuple[np.ndarray, np.
 
 
 def restarts(metrics: list[dict]) -> dict[int, np.ndarray]:
-  """Inner model -> bool [K]: re-initialized before that meta-step of `by_member`."""
+  """Inner model -> bool [n]: re-initialized before that meta-step of `by_member`."""
   ages = by_member(metrics, "age")
   return {member: np.diff(age, prepend=0) <= 0 for member, (_, age) in ages.items()}
 

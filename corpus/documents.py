@@ -1,7 +1,7 @@
 """Reads files and data sets as a stream of documents; counts unusable records by reason.
 
 `DataConfig.data` and `outer_data` may name:
-  demo                      the demo corpus (demo.py), half of its training text corrupted
+  demo                      the demo corpus; half of its train and validation documents corrupted
   hf:NAME[:CONFIG[:SPLIT]]  a data set of the Hugging Face hub; the default split is `train`
   a file, a glob, a folder  .jsonl/.ndjson/.json (one object per line), .parquet, .txt/.md; all but
                             Parquet also as .gz, .bz2 or .zst

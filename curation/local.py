@@ -195,6 +195,7 @@ def prepare(job: Job, shard: Shard) -> tuple[list[rating.Rows], np.ndarray, Abou
 
 
 def describe(job: Job, shard: Shard, tokens: int) -> About:
+  """What is kept of a shard that has been scored."""
   sizes, last = [item.stamp[0] for item in job.inputs], shard.records[-1]
   read = (sum(sizes[: last.input]) + sizes[last.input] * last.read) / max(sum(sizes), 1)
   rejects = [

@@ -47,14 +47,14 @@ def rater(*text):
 
 
 def token_weights(eta, batches):
-  """[T, B, S]: of a step's tokens together the softmax, 0 of padding."""
+  """[T, B, S]: the softmax over all tokens of a step; 0 for padding."""
   scores_TBS = jax.lax.map(lambda text: rater.apply(eta, text), batches)
   scores_TBS = jnp.where(batches.segments > 0, scores_TBS, -jnp.inf)
   return jax.nn.softmax(scores_TBS, axis=(-2, -1)), {}
 
 
 def loss(theta, weights_BS, text):
-  """Of the targets, tokens 1 to S - 1, each with the weight of its own."""
+  """Each token from 1 to S - 1 is predicted and has its own weight."""
   weights_BS = jnp.roll(weights_BS, -1, axis=-1) * next_token_targets(text)[1]
   total, nll_BS = model.token_loss(theta, weights_BS, text)
   return total, nll_BS.mean()
@@ -77,7 +77,7 @@ meta_steps = jax.jit(meta_step.meta_steps, static_argnums=0)
 
 
 def corrupt(text, rng):
-  """Half of the sequences get S / 4 to S / 2 random printable characters; and which they are."""
+  """(The text, with random characters in a span of half of its sequences; which they are)."""
   lead, at = text.tokens.shape[:-1], np.arange(S)
   length = rng.integers(S // 4, S // 2, lead) * rng.integers(2, size=lead)
   first = rng.integers(1, S // 2, lead)

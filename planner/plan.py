@@ -30,7 +30,11 @@ class Target:
     None, "v5e, v5p or v6e, with a topology as in v5p:4x4x4; or h100", section="Target"
   )
   mesh: str | None = option(None, "population=N,data=M: how devices share the work; default all")
-  preset: str = option("paper", "defaults of the flags below; demo's are shown", choices=PRESETS)
+  preset: str = option(
+    "paper",
+    "of train.py: sets the defaults of the flags below, which are shown for demo",
+    choices=PRESETS,
+  )
   vocabulary: int | None = option(
     None, "V; default 32,000, or that of --tokenizer=bytes", at_least=1
   )
