@@ -114,7 +114,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
     if step is None:
       bar.set_description("compiling")
       jitted = program.jit_meta_steps((shardings, sharding.named(mesh)))
-      step = jitted.lower(*inputs).compile()
+      step = jitted.lower(*sharding.shapes(inputs)).compile()
       bar.set_description("meta-training")
       began = time.monotonic()
     state, metrics = step(*inputs)

@@ -159,6 +159,15 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding | None:
   return NamedSharding(mesh, PartitionSpec(*axes)) if mesh.size > 1 else None
 
 
+def shapes(x: Any) -> Any:
+  """Shapes and dtypes to compile a program for, with the arrays' shardings on several devices. On
+  one device, a restored array has a sharding and a fresh one has none; the program must not differ.
+  """
+  several = jax.sharding.get_mesh().size > 1
+  of = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if several else None)
+  return jax.tree.map(of, x)
+
+
 def shard(x: Any, *axes: str | None) -> Any:
   """Shards arrays that every host holds in full: their leading axes over the named axes of the mesh
   in use, where these divide them. On one device, returns them unchanged."""

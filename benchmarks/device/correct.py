@@ -1,6 +1,6 @@
 """The GPU kernels at real sizes with their own tiles, against float32 matmuls.
 
-  python -m benchmarks.device.correct [--dry]
+  python -m benchmarks.device.correct loss|attention [--dry]
 
 Unit tests use tiny tiles and N = 37; registers, pipelining, L2 and ragged edges at real tiles show
 only here. Errors are ||a - e|| / ||e||. Every result is computed twice and must repeat exactly.
@@ -18,8 +18,14 @@ from benchmarks import attention, loss
 ORDERS = ("value", "gradient", "product")
 
 
-def main(dry: bool) -> int:
+def main(which: str, dry: bool) -> int:
   """Prints a line per comparison; returns the number that failed."""
+  failed = (check_loss if which == "loss" else check_attention)(dry)
+  print(f"RESULT correctness: {failed} of {which} failed")
+  return failed
+
+
+def check_loss(dry: bool) -> int:
   failed = 0
   for N, D, V in (
     [(64, 64, 300)] if dry else [(4096, 1280, 32000), (1000, 576, 5003), (16384, 768, 32000)]
@@ -32,8 +38,13 @@ def main(dry: bool) -> int:
       failed += not agree(name, loss.orders, order, arrays, wide, bound=1.5e-2)
   N, D, V = (64, 64, 300) if dry else (300, 320, 2001)
   arrays = draw(loss.inputs(N, D, V, "float32", "product"), V, 1)
-  failed += not agree("loss float32 product", loss.orders, "product", arrays, arrays, bound=1e-4)
+  return failed + (
+    not agree("loss float32 product", loss.orders, "product", arrays, arrays, bound=1e-4)
+  )
 
+
+def check_attention(dry: bool) -> int:
+  failed = 0
   for B, S, H, K in (
     [(1, 64, 2, 16)] if dry else [(2, 2048, 12, 64), (1, 2048, 10, 128), (2, 777, 4, 64)]
   ):
@@ -44,7 +55,6 @@ def main(dry: bool) -> int:
       wide = [segments, *(x.astype(jnp.float32) for x in qkv)]
       name = f"attention {B}x{S}x{H}x{K} {order}"
       failed += not agree(name, attention.orders, order, [segments, *qkv], wide, bound=2e-2)
-  print(f"RESULT correctness: {failed} failed")
   return failed
 
 
@@ -90,4 +100,4 @@ def relative_error(actual: jax.Array, expected: jax.Array) -> float:
 
 
 if __name__ == "__main__":
-  sys.exit(main("--dry" in sys.argv) > 0)
+  sys.exit(main(sys.argv[1], "--dry" in sys.argv) > 0)
