@@ -27,7 +27,7 @@ from analysis.explain import analyse
 from analysis.heuristics import NAMES
 from analysis.units import Config, Units, read_units
 from rating import open_rater
-from runtime import cli
+from runtime import cli, cpu, programs
 from runtime.cli import check, option
 from runtime.files import write_text
 
@@ -38,7 +38,7 @@ class Place:
 
   rater: str | None = option(None, "workdir of the trained rater (required)", section="Where")
   output: str | None = option(None, "folder of the report (required)")
-  cache_dir: str = option(".cache", "folder of the tokenized corpora")
+  cache_dir: str = option(".cache", "folder of tokenized corpora and compiled programs")
 
 
 def main() -> None:
@@ -47,6 +47,8 @@ def main() -> None:
   check(place.output is not None, "name a folder for the report with --output")
   output = Path(place.output)
   check(not output.exists() or output.is_dir(), f"--output={output} is a file: name a folder")
+  cpu.keep_freed_memory()
+  programs.keep(place.cache_dir)
   rater = open_rater(place.rater)
   units = read_units(config, rater, Path(place.cache_dir))
   results = analyse(units, config.seed)

@@ -41,8 +41,8 @@ class Config(DataConfig):
   )
   mode: str = option(
     "mixed_save",
-    "how the meta-gradient is computed: mixed saves memory, mixed_offload more (saved arrays wait "
-    "in host memory), mixed_save is fast on CPUs, reverse is plain autodiff, first_order ablates",
+    "how the meta-gradient is computed: mixed saves memory, mixed_save is fast on CPUs, reverse is "
+    "plain autodiff, first_order ablates",
     choices=inner_loop.MODES,
   )
   remat: str | None = option(
@@ -141,11 +141,11 @@ class Program(NamedTuple):
   def jit_meta_steps(self, out_shardings: Any = None):
     """steps_per_call meta-steps, (state, inner, outer, probe) -> (state, metrics), jitted: the one
     program of a run. It reuses the memory of the input state."""
-    return jax.jit(
-      lambda *arguments: meta_step.meta_steps(self.algorithm, *arguments),
-      donate_argnums=0,
-      out_shardings=out_shardings,
-    )
+
+    def meta_steps(*arguments):
+      return meta_step.meta_steps(self.algorithm, *arguments)
+
+    return jax.jit(meta_steps, donate_argnums=0, out_shardings=out_shardings)
 
 
 def build(config: Config, vocab_size: int) -> Program:

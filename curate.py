@@ -32,7 +32,7 @@ from pathlib import Path
 
 from curation import local
 from curation.job import Config
-from runtime import cli, cpu, devices, hosts, sharding
+from runtime import cli, cpu, devices, hosts, programs, sharding
 from runtime.cli import check, option, user_error
 
 
@@ -43,6 +43,7 @@ class Place:
   output: str | None = option(
     None, "folder for the result; resumes an interrupted run", section="Output"
   )
+  cache_dir: str = option(".cache", "folder of compiled programs")
   mesh: str | None = option(None, "data=N: devices that share each batch; default: all")
 
 
@@ -54,6 +55,7 @@ def main() -> None:
     config.runner is None or many.coordinator is None,
     f"--runner={config.runner} and --coordinator exclude each other: leave one out",
   )
+  programs.keep(place.cache_dir)
   if config.runner is not None:
     with user_error(ImportError, "--runner needs Apache Beam", "pip install -e '.[beam]'"):
       from curation import beam

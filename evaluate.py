@@ -25,7 +25,7 @@ import selection
 from evaluation import compare, multiple_choice
 from evaluation.plan import Config, costs, main_runs, plan_text, scorer_run, sweep_runs
 from evaluation.runs import open_inputs, rate, train_run
-from runtime import cli, cpu, devices, hosts, sharding
+from runtime import cli, cpu, devices, hosts, programs, sharding
 from runtime.cli import check, option
 from runtime.workdir import open_workdir
 from runtime.workers import Workers
@@ -36,7 +36,7 @@ class Place:
   """Flags that do not change the results."""
 
   workdir: str | None = option(None, "new folder (required), or one to resume", section="Where")
-  cache_dir: str = option(".cache", "folder of the tokenized corpora")
+  cache_dir: str = option(".cache", "folder of tokenized corpora and compiled programs")
   jobs: int = option(1, "models trained at once, each on its own core (CPUs only)", at_least=1)
   mesh: str | None = option(None, "data=N, the devices that share each batch; default all")
   dry_run: bool = option(False, "print the runs and their FLOPs, and stop")
@@ -49,6 +49,7 @@ def main() -> None:
   if place.dry_run:
     print(plan_text(config))
     return
+  programs.keep(place.cache_dir)
   hosts.start(cli.read(hosts.Hosts))
   mesh = make_mesh(config, place.mesh, place.jobs)
   with hosts.stop_together(), sharding.use_mesh(mesh):

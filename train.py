@@ -28,7 +28,7 @@ from analysis import training_report
 from config import Config
 from corpus.batches import Split, batch_iterator, load_corpus
 from rating import score_texts
-from runtime import cli, cpu, hosts, sharding
+from runtime import cli, cpu, hosts, programs, sharding
 from runtime.cli import check, option
 from runtime.files import write_atomically
 from runtime.workdir import Checkpoints, Metrics, StopSignal, open_workdir
@@ -47,7 +47,7 @@ class Place:
   preset: str = option(
     "demo", "defaults of the flags below; demo's are shown", choices=settings.PRESETS
   )
-  cache_dir: str = option(".cache", "folder of the tokenized corpora")
+  cache_dir: str = option(".cache", "folder of tokenized corpora and compiled programs")
   mesh: str | None = option(
     None, "population=N,data=M: how devices share the work; default all devices"
   )
@@ -58,6 +58,7 @@ def main() -> None:
   config = cli.read(Config, settings.PRESETS[place.preset])
   check(place.workdir is not None, "name a folder for the run with --workdir")
   cpu.keep_freed_memory()
+  programs.keep(place.cache_dir)
   hosts.start(cli.read(hosts.Hosts))
   mesh = settings.make_mesh(config, place.mesh)
   with hosts.stop_together(), sharding.use_mesh(mesh):

@@ -84,6 +84,19 @@ def test_starting_a_finished_run_again_changes_nothing(finished, run):
   assert {p: p.read_bytes() for p in before} == before
 
 
+def test_a_resumed_run_is_the_same_program(finished, flags, cache, tmp_path):
+  """Whether its arguments are fresh or from a checkpoint: else it would be compiled again."""
+  workdir, _ = finished
+  compiled = lambda: {p.name for p in cache.glob("compiled/jit_meta_steps-*-cache")}
+  before = compiled()
+  shutil.copytree(workdir, tmp_path / "w")
+  shutil.rmtree(tmp_path / "w" / "checkpoints" / "12")
+  said = jobs.succeed("train.py", cache, *flags(tmp_path / "w", "--meta_steps=12"))
+  assert "resuming after meta-step 8 of 12" in said
+  assert before and compiled() == before
+  same_run(workdir, tmp_path / "w")
+
+
 def test_sigterm_checkpoints_exits_0_and_the_rest_equals_an_uninterrupted_run(
   finished, run, flags, cache, tmp_path
 ):
