@@ -37,6 +37,7 @@ def unroll(
   batches: Any,
   mode: str = "mixed",
   truncated: bool = False,
+  replay: int | None = None,
 ) -> tuple[InnerState, Any]:
   """UpdateInnerModel of Algorithm 1: T inner updates; returns (state, aux).
 
@@ -52,13 +53,16 @@ def unroll(
       "mixed": MixFlow-MG. Saves every g_t and every eighth state. A step's Hessian-vector product
         costs about 8 forward passes (9 in attention), of which 2 (3) recompute activations. The
         element-wise optimizer runs 2 min(T, 8) more times per step, to recompute states.
-      "mixed_offload": the same, with the saved arrays in host memory.
       "mixed_save": MixFlow-MG that also saves each step's matmul results: 6 forward passes, at the
         memory of T steps' activations. Faster on CPUs. Unrolled, so compile time grows with T.
       "first_order": ablation without the Hessian: g_t is treated as independent of theta_t.
       "reverse": plain autodiff of this loop, the yardstick.
     truncated: `state` is the constant start of a truncated window, and gradients reach `metas`
       only. The first step then needs no Hessian-vector product: a third less cost at T = 2.
+    replay: how often "mixed" and "first_order" repeat a step's gradient in the backward pass,
+      instead of saving it. 0 saves every g_t: memory grows as T. 1 saves states about every
+      sqrt(T) steps: memory grows as sqrt(T), for one more gradient per step (about a fifth of the
+      work). 2: as the cube root. None: 0 up to T = 64, then 1.
 
   Gradients reach `state` and the floating-point leaves of `metas`. In every mode, `batches` and
   `aux` (leading axis T) get no gradient.
@@ -72,7 +76,7 @@ def unroll(
     state = jax.lax.stop_gradient(state)
   if mode != "reverse":
     inner = mixflow.Inner(loss_fn, partial(update, optimizer), mode)
-    return mixflow.unroll(inner, state, metas, batches, truncated)
+    return mixflow.unroll(inner, state, metas, batches, truncated, replay)
 
   def step(state, x):
     meta, batch = x

@@ -236,7 +236,7 @@ def datarater_problem(
 
   Args:
     remat: recompute the scores of an inner batch in the backward pass; for raters whose
-      activations of T batches do not fit in memory.
+      activations of T batches do not fit in memory. Done for T > 8 in any case.
     microbatches: score each batch in this many microbatches, rematerialized in the backward pass.
       The language model's are set in `transformer.language_model`.
   """
@@ -248,12 +248,10 @@ def datarater_problem(
     return merge_batch(jax.lax.map(part, split_batch(batch, microbatches)))
 
   def scores_TB(eta, batches: Batch):
-    if microbatches > 1:  # a loop: only one batch's microbatches are in memory
-      return jax.lax.map(lambda batch: score(eta, batch), batches)
-    if remat:
-      return jax.lax.map(jax.checkpoint(lambda batch: rater.score(eta, batch)), batches)
     # Not as one batch of T * B: smaller activations stay in the caches of a CPU.
-    return jnp.stack([rater.score(eta, Batch(*x)) for x in zip(*batches, strict=True)])
+    again = microbatches == 1 and (remat or len(batches.tokens) > 8)
+    each = lambda batch: score(eta, batch)
+    return jax.lax.map(jax.checkpoint(each) if again else each, batches)
 
   def metas(eta, batches):
     scores = scores_TB(eta, batches)

@@ -8,12 +8,13 @@ eps = 0,
 
 gives the cotangents that theta_t and meta_t receive through g_t. Only the element-wise optimizer
 Theta is differentiated in reverse. We save every g_t and every SEGMENT-th state, and recompute the
-states between with Theta.
+states between with Theta. A long loop saves less and repeats its steps chunk by chunk (`plan`).
 
 `inner_loop.unroll` is the loop that this differentiates. Cotangents are flat lists over the
 floating-point leaves of a tree.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SEGMENT = 8  # steps between two saved states
-MODES = ("mixed", "mixed_offload", "mixed_save", "first_order")  # `inner_loop.unroll` explains them
+SEGMENT = 8  # steps between two saved states, at most
+LONG = 64  # steps; a longer loop keeps no g_t until its backward pass
+MODES = ("mixed", "mixed_save", "first_order")  # `inner_loop.unroll` explains them
 
 
 class Inner(NamedTuple):
@@ -34,23 +36,61 @@ class Inner(NamedTuple):
   mode: str  # a name in MODES
 
 
-def unroll(inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool) -> tuple[Any, Any]:
+class Plan(NamedTuple):
+  """T = first + prod(loops) * length steps."""
+
+  first: int  # steps of the first segment, whose start may be a constant
+  loops: tuple[int, ...]  # one in the other; the innermost is over segments
+  length: int  # steps of a segment
+
+  def saved(self, state: int = 3) -> int:
+    """Peak of what is saved, in copies of the parameters; an optimizer state is `state` of them,
+    theta included: the states between the iterations of each loop, and all g_t of the innermost."""
+    *outer, segments = self.loops
+    return self.first + state * sum(outer) + (state + self.length) * segments
+
+
+def unroll(
+  inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool, replay: int | None
+) -> tuple[Any, Any]:
   """T inner steps in segments, each with a mixed-mode derivative; see `inner_loop.unroll`."""
-  x, T = (metas, batches), _length(batches)
-  segment, length = (_saving_step, 1) if inner.mode == "mixed_save" else (_segment, SEGMENT)
-  first = (T - 1) % length + 1  # the first segment may be shorter
-  state, aux = segment(inner, truncated, is_first=True)(state, jax.tree.map(lambda x: x[:first], x))
-  if first == T:
+  x, p = (metas, batches), plan(_length(batches), inner.mode, replay)
+  saving = inner.mode == "mixed_save"
+  segment = partial(_saving_step if saving else _segment, inner)
+  state, aux = segment(truncated)(state, jax.tree.map(lambda x: x[: p.first], x))
+  if not p.loops[-1]:
     return state, aux
-  rest = jax.tree.map(lambda x: x[first:].reshape(-1, length, *x.shape[1:]), x)
-  # Unrolled, since a loop would copy the saved matmuls into and out of stacked arrays, and XLA
-  # cannot move arrays to the host from a loop within a loop.
-  unrolled = inner.mode in ("mixed_save", "mixed_offload")
-  state, later = jax.lax.scan(
-    segment(inner, truncated=False, is_first=False), state, rest, unroll=unrolled
-  )
-  join = lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])])
+  # mixed_save is unrolled: a loop would copy the saved matmuls into and out of stacked arrays.
+  loop = partial(jax.lax.scan, segment(truncated=False), unroll=saving)
+  for _ in p.loops[1:]:
+    loop = partial(jax.lax.scan, jax.checkpoint(loop, prevent_cse=False))
+  shape = (*p.loops, p.length)
+  rest = jax.tree.map(lambda x: x[p.first :].reshape(*shape, *x.shape[1:]), x)
+  state, later = loop(state, rest)
+  join = lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[len(shape) :])])
   return state, jax.tree.map(join, aux, later)
+
+
+def plan(T: int, mode: str = "mixed", replay: int | None = None) -> Plan:
+  """How T steps are differentiated: the plan that saves least and repeats each step `replay` times
+  in the backward pass, at most. The memory grows as T^(1 / (1 + replay))."""
+  if mode == "mixed_save":
+    return Plan(1, (T - 1,), 1)
+  first = (T - 1) % SEGMENT + 1
+  plans = [Plan(first, ((T - first) // SEGMENT,), SEGMENT)]
+  replay = int(T > LONG) if replay is None else replay
+  for first, length in itertools.product(range(1, min(T, 4 * SEGMENT + 1)), range(1, SEGMENT + 1)):
+    count, odd = divmod(T - first, length)
+    plans += [Plan(first, loops, length) for loops in _factors(count, replay + 1) if not odd]
+  return min(plans, key=Plan.saved) if replay else plans[0]
+
+
+def _factors(n: int, parts: int) -> list[tuple[int, ...]]:
+  """All ways to write n as a product of `parts` factors."""
+  if parts == 1:
+    return [(n,)]
+  divisors = [i for i in range(1, n + 1) if n % i == 0]
+  return [(i, *rest) for i in divisors for rest in _factors(n // i, parts - 1)]
 
 
 def fits_one_segment(mode: str, batches: Any) -> bool:
@@ -62,7 +102,7 @@ def window_gradient(
 ) -> tuple[jax.Array, Any, Any, Any]:
   """`inner_loop.window_gradient` of at most SEGMENT steps. The final state is recomputed after the
   backward pass, so it takes no memory during it."""
-  (end, aux), saved = _forward(inner, True, state, (metas, batches))
+  (end, aux), saved = _forward(inner, state, (metas, batches))
   value, d_params = jax.value_and_grad(outer_loss)(end.params)
   d_opt_state = jax.tree.map(jnp.zeros_like, _floating(end.opt_state))
   _, d_metas = _backward(inner, saved, jax.tree.leaves(d_params) + d_opt_state, truncated=True)
@@ -76,15 +116,13 @@ def window_gradient(
 
 class Saved(NamedTuple):
   start: Any  # the state before the first step
-  grads: tuple[Any, Any]  # g_0, and g_1, ... with a leading axis
+  grads: Any  # g_t, with a leading axis
   x: tuple[Any, Any]  # metas, batches [T]
 
 
-def _segment(inner, truncated, is_first):
-  """(state, (metas, batches)) -> (state, aux) with a mixed-mode derivative.
-
-  is_first: its start stays on the device, where the caller keeps it anyway."""
-  forward = partial(_forward, inner, is_first)
+def _segment(inner, truncated):
+  """(state, (metas, batches)) -> (state, aux) with a mixed-mode derivative."""
+  forward = partial(_forward, inner)
   rule = jax.custom_vjp(lambda state, x: forward(state, x)[0])
 
   def backward(saved, cotangent):
@@ -96,20 +134,16 @@ def _segment(inner, truncated, is_first):
   return rule
 
 
-def _forward(inner, keep_start, state, x):
+def _forward(inner, start, x):
   """((state, aux), Saved)."""
-  to_host = _to_host if inner.mode == "mixed_offload" else lambda tree: tree
 
   def step(state, x):
     meta, batch = x
     g, aux = jax.grad(inner.loss_fn, has_aux=True)(state.params, meta, batch)
-    return inner.update(state, g, meta), (aux, to_host(g))
+    return inner.update(state, g, meta), (aux, g)
 
-  start = state if keep_start else to_host(state)
-  x_0, later = _first_and_later(x)
-  state, (aux_0, g_0) = step(state, x_0)
-  state, (aux, grads) = jax.lax.scan(step, state, later)
-  return (state, _join(aux_0, aux)), Saved(start, (g_0, grads), x)
+  state, (aux, grads) = jax.lax.scan(step, start, x)
+  return (state, aux), Saved(start, grads, x)
 
 
 def _backward(inner, saved, cotangent, truncated):
@@ -117,11 +151,15 @@ def _backward(inner, saved, cotangent, truncated):
 
   truncated: the state before them is a constant, so the first step needs no Hessian u."""
   step = lambda cotangent, x: _step_backward(inner, saved, cotangent, *x)
-  (g_0, grads), (x_0, later) = saved.grads, _first_and_later(saved.x)
-  ts = jnp.arange(1, _length(saved.x))
-  cotangent, of_metas = jax.lax.scan(step, cotangent, (ts, grads, later), reverse=True)
-  cotangent, of_meta_0 = _step_backward(inner, saved, cotangent, 0, g_0, x_0, truncated)
-  return cotangent, _join(of_meta_0, of_metas)
+  first = int(truncated)  # done by itself
+  x = (jnp.arange(_length(saved.x)), saved.grads, saved.x)
+  later = jax.tree.map(lambda x: x[first:], x)
+  cotangent, of_metas = jax.lax.scan(step, cotangent, later, reverse=True)
+  if truncated:
+    _, g, x_0 = jax.tree.map(lambda x: x[0], x)
+    cotangent, of_meta_0 = _step_backward(inner, saved, cotangent, 0, g, x_0, constant_theta=True)
+    of_metas = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), of_meta_0, of_metas)
+  return cotangent, of_metas
 
 
 def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
@@ -132,7 +170,7 @@ def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
   def recompute(after):
     """(state before step t, g_t); the barrier delays them until `after` is computed."""
     _, (start, grads, g_t) = jax.lax.optimization_barrier((after, (*saved[:2], g)))
-    return _recompute(inner, Saved(start, grads, saved.x), t), _to_device(g_t)
+    return _recompute(inner, Saved(start, grads, saved.x), t), g_t
 
   # Memory peaks in the HVP. Only theta_t is live there, as the state is recomputed before it and
   # again after it. The barriers stop XLA from merging the two or keeping the forward pass's states.
@@ -153,19 +191,16 @@ def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
 
 
 def _recompute(inner, saved, t):
-  """The state before step t, by Theta from the first one. t: an int, or traced and at least 1."""
-  state = _to_device(saved.start)
-  if isinstance(t, int) and t == 0:
-    return state
+  """The state before step t, by Theta from the first one. t: an int, or traced and below T."""
 
   def step(state, x):
     i, g, meta = x
-    new = inner.update(state, _to_device(g), meta)
+    new = inner.update(state, g, meta)
     return jax.tree.map(partial(jnp.where, i < t), new, state), None
 
-  (g_0, grads), (meta_0, metas) = saved.grads, _first_and_later(saved.x[0])
-  state = inner.update(state, _to_device(g_0), meta_0)
-  return jax.lax.scan(step, state, (jnp.arange(1, 1 + _length(grads)), grads, metas))[0]
+  most = t if isinstance(t, int) else _length(saved.x) - 1
+  x = (jnp.arange(_length(saved.x)), saved.grads, saved.x[0])
+  return jax.lax.scan(step, saved.start, jax.tree.map(lambda x: x[:most], x))[0]
 
 
 def _hessian_vector_product(inner, params, meta, batch, u, hessian):
@@ -184,9 +219,8 @@ def _gradients(inner, params, meta, batch, hessian):
   return (g if hessian else None, _floating(of_meta)), (g, aux)
 
 
-def _saving_step(inner, truncated, is_first):
+def _saving_step(inner, truncated):
   """A segment of one step whose matmul results are saved: `mixed_save`."""
-  del is_first
   gradient = _saving_gradient(inner, hessian=not truncated)
 
   def step(state, x):
@@ -235,25 +269,6 @@ def _cotangent(tree, floating):
   floating = iter(floating)
   zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
   return jax.tree.map(lambda x: next(floating) if _is_floating(x) else zero(x), tree)
-
-
-def _to_host(tree):
-  # Arrays only: TPUs refuse to keep scalars, like Adam's count, in host memory.
-  move = lambda x: jax.device_put(x, jax.memory.Space.Host) if jnp.ndim(x) else x
-  return jax.tree.map(move, tree)
-
-
-def _to_device(tree):
-  move = lambda x: jax.device_put(x, jax.memory.Space.Device) if jnp.ndim(x) else x
-  return jax.tree.map(move, tree)
-
-
-def _first_and_later(tree):
-  return jax.tree.map(lambda x: x[0], tree), jax.tree.map(lambda x: x[1:], tree)
-
-
-def _join(first, later):
-  return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
 
 
 def _length(tree):

@@ -3,7 +3,7 @@
   python -m benchmarks.meta_step                       # T 2 and 8, three modes, a small model
   python -m benchmarks.meta_step --T=2 --mode=mixed --repeats=9
   python -m benchmarks.meta_step --model=150m --rater=50m --dtype=bfloat16 --vocab=32000 \\
-    --seq=2048 --T=2 --mode=mixed,mixed_offload --remat=block,products \\
+    --seq=2048 --T=2 --mode=mixed --remat=block,products \\
     --attention_backend=pallas_gpu --profile                           # one accelerator
 
 Prints a line per configuration: seconds of a meta-step, the rate of its necessary FLOPs (Minimum in

@@ -209,16 +209,13 @@ def alternatives(
   config: Config, target: str, spec: str | None, data_shards: int
 ) -> Iterator[tuple[dict[str, Any], str, str | None]]:
   """Yields (changed flags of train.py, target, mesh) that need less memory, the cheapest first."""
-  less = {} if config.mode in ("mixed", "mixed_offload", "first_order") else {"mode": "mixed"}
+  less = {} if config.mode in ("mixed", "first_order") else {"mode": "mixed"}
   if less:
     yield less, target, spec
-  sizes, most = (config.inner_batch, config.outer_batch), {}
+  sizes = config.inner_batch, config.outer_batch
   for parts in MICROBATCHES:
     if parts > config.microbatches and all(b % (parts * data_shards) == 0 for b in sizes):
-      most = {"microbatches": parts}
-      yield less | most, target, spec
-  if less or config.mode == "mixed":
-    yield most | {"mode": "mixed_offload"}, target, spec
+      yield less | {"microbatches": parts}, target, spec
   if ":" in target and all(b % (2 * data_shards) == 0 for b in sizes):
     chip, axes = target.split(":")
     sizes = [int(size) for size in axes.split("x")]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 T, B, D, K = 3, 4, 3, 2
 window = partial(inner_loop.unroll, truncated=True)
-EXACT_MODES = ("mixed", "mixed_offload", "mixed_save", "reverse")
+EXACT_MODES = ("mixed", "mixed_save", "reverse")
 COMBINATIONS = [(inner_loop.unroll, mode) for mode in inner_loop.MODES]
 COMBINATIONS.append((window, "mixed"))
 
@@ -496,21 +496,48 @@ def test_gradient_of_a_window_is_that_of_its_unrolled_steps(x64, mode, steps):
   assert_close(_floating(ours[1]), _floating(d_metas), 1e-10)
 
 
-@pytest.mark.parametrize("mode", ["mixed", "mixed_offload", "first_order"])
+@pytest.mark.parametrize("mode", ["mixed", "first_order"])
 @pytest.mark.parametrize("unroll", [inner_loop.unroll, window])
-def test_segments_change_nothing(x64, monkeypatch, unroll, mode):
+def test_segments_and_chunks_change_nothing(x64, monkeypatch, unroll, mode):
   loss, params, metas, batches = _integer_leaves()
-  metas, batches = jax.tree.map(lambda x: jnp.concatenate([x, x])[:5], (metas, batches))
+  metas, batches = jax.tree.map(lambda x: jnp.concatenate([x, x, x]), (metas, batches))
   problem, optimizer = (loss, params, metas, batches), _scheduled()
   state = _warm_state(problem, optimizer)
 
-  def results():
-    aux = jax.jit(lambda metas: unroll(loss, optimizer, state, metas, batches, mode)[1])(metas)
-    return aux, _gradients(_objective(problem, optimizer, mode, unroll), state, metas)
+  def results(mode=mode, **options):
+    run = partial(unroll, **options)
+    aux = jax.jit(lambda metas: run(loss, optimizer, state, metas, batches, mode)[1])(metas)
+    return aux, _gradients(_objective(problem, optimizer, mode, run), state, metas)
 
-  whole = results()
-  monkeypatch.setattr(mixflow, "SEGMENT", 2)  # 1, 2 and 2 steps
+  whole = results(replay=False)
+  if mode == "mixed":
+    assert_close(whole, results("reverse"), 1e-10)
+  monkeypatch.setattr(mixflow, "SEGMENT", 2)
+  assert mixflow.plan(9) == (1, (4,), 2)
   assert_close(results(), whole, 1e-12)
+  assert mixflow.plan(9, replay=2) == (1, (2, 2, 1), 2)
+  assert_close(results(replay=2), whole, 1e-12)
+  monkeypatch.setattr(mixflow, "SEGMENT", 1)
+  monkeypatch.setattr(mixflow, "LONG", 8)
+  assert mixflow.plan(9) == (3, (3, 2), 1)
+  assert mixflow.plan(9, replay=2) == (1, (2, 2, 2), 1)
+  assert_close(results(), whole, 1e-12)
+  assert_close(results(replay=2), whole, 1e-12)
+
+
+@pytest.mark.parametrize("replay", [0, 1, 2, None])
+def test_plans_have_t_steps_and_save_a_root_of_t(replay):
+  for T in range(1, 1200, 7):
+    p = mixflow.plan(T, replay=replay)
+    assert p.first + np.prod(p.loops) * p.length == T
+    assert p.first >= 1 and 1 <= p.length <= mixflow.SEGMENT
+    if replay is None:
+      assert p == mixflow.plan(T, replay=int(T > mixflow.LONG))
+    else:
+      assert p.saved() <= 1.4 * T + 5
+      if T > mixflow.LONG:
+        assert p.saved() <= [1.4 * T, 5 * T ** (1 / 2), 10 * T ** (1 / 3)][replay]
+  assert mixflow.plan(999, "mixed_save", replay) == (1, (998,), 1)
 
 
 @pytest.mark.parametrize("unroll", [inner_loop.unroll, window])

@@ -298,13 +298,12 @@ def test_a_refusal_of_the_compiler_is_reported():
 def test_alternatives_need_less_memory_and_divide_the_batch():
   tried = list(plan.alternatives(PAPER, "v5e:8x8", None, data_shards=8))
   parts = [({"microbatches": k}, "v5e:8x8", None) for k in (2, 4, 8, 16)]
-  host = ({"microbatches": 16, "mode": "mixed_offload"}, "v5e:8x8", None)
-  assert tried == [*parts, host, ({}, "v5e:8x16", "population=8,data=16")]
+  assert tried == [*parts, ({}, "v5e:8x16", "population=8,data=16")]
   for changes, _, _ in tried:
     dataclasses.replace(PAPER, **changes)
   faster = dataclasses.replace(PAPER, mode="mixed_save", microbatches=4, inner_batch=96)
   changes = [change for change, _, _ in plan.alternatives(faster, "h100", None, 8)]
-  assert changes == [{"mode": "mixed"}, {"mode": "mixed_offload"}]
+  assert changes == [{"mode": "mixed"}]
 
 
 def test_chips_are_found_by_name():
