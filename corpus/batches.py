@@ -20,8 +20,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ from transformer import Batch
 
 MIN_REMAINDER = 16  # tokens; a shorter last piece of a longer document is dropped
 DEMO_NOISE_LEVELS = np.arange(1, 9) / 10
+MAX_SEGMENTS = 255  # of a row: they are uint8
+WINDOW = 512  # rows that first fit fills at once
 FORMAT = 1  # of the cache; raise it when a file's content changes
 
 
@@ -208,37 +210,54 @@ def _open_corpus(
 
 
 def _build_corpus(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: bool) -> None:
-  """Writes the pieces of all documents next to `folder`, then the packed rows in it."""
-  report, sources, bar = Report(), {}, partial(tqdm.tqdm, disable=not progress)
+  """Reads documents; a thread meanwhile tokenizes, packs and writes the ones read before."""
+  report, sources, row = Report(), {}, _row(config, tokenizer)
+  report.tokens, report.sequences = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+  waiting = {split: [] for split in SPLITS}  # (tokens_N, pieces_P) that are in no row yet
+  window = WINDOW * config.sequence_length if config.packing == "pack" else 0  # tokens
   with contextlib.ExitStack() as stack:
-    create = lambda path: stack.enter_context(open(path, "wb"))
-    names = [f"{split}.{part}" for split in SPLITS for part in ("tokens", "pieces")]
-    files = {name: create(folder.parent / name) for name in names}
-    validation = create(folder / "validation.documents")
-    documents = bar(_assigned(config, report), "reading", unit=" documents")
-    for split, document, tokens in _encoded(documents, tokenizer):
-      report.documents[split][document.source] += 1
-      source = sources.setdefault(document.source, len(sources))
-      pieces = cut(tokens, config.sequence_length)
-      report.dropped_tokens += len(tokens) - sum(map(len, pieces))
-      np.concatenate(pieces).tofile(files[f"{split}.tokens"])
-      rows = [(len(piece), source, document.noise) for piece in pieces]
-      np.array(rows, _PIECE).tofile(files[f"{split}.pieces"])
-      if split == "validation":
-        validation.write(json.dumps(dataclasses.asdict(document)).encode() + b"\n")
-  row = np.zeros((), _row(config, tokenizer))
-  for split in SPLITS:
-    pieces = np.fromfile(folder.parent / f"{split}.pieces", _PIECE)
-    report.tokens[split] = int(pieces["length"].sum(dtype=np.int64))
-    report.sequences[split] = 0
-    packed = _pack(folder.parent / f"{split}.tokens", pieces, config, tokenizer.pad)
-    with open(folder / f"{split}.rows", "wb") as file:
-      for element in bar(packed, f"packing {split}", unit=" sequences"):
-        longest = max(element["piece"], key=lambda index: pieces["length"][index])
-        row["tokens"], row["segments"] = element["tokens"], element["tokens_segment_ids"]
-        row["source"], row["noise"] = pieces["source"][longest], pieces["noise"][longest]
-        row.tofile(file)
-        report.sequences[split] += 1
+    create = lambda name: stack.enter_context(open(folder / name, "wb"))
+    files = {split: create(f"{split}.rows") for split in SPLITS}
+    validation = create("validation.documents")
+
+    def add(chunk: list[tuple[str, Document]]) -> None:
+      encoded = tokenizer.encode([document.text for _, document in chunk])
+      chosen = {split: ([], []) for split in SPLITS}
+      for (split, document), tokens in zip(chunk, encoded, strict=True):
+        report.documents[split][document.source] += 1
+        source = sources.setdefault(document.source, len(sources))
+        chosen[split][0].append(tokens)
+        chosen[split][1].append((source, document.noise))
+        if split == "validation":
+          validation.write(json.dumps(vars(document)).encode() + b"\n")
+      for split, (documents, facts) in chosen.items():
+        if documents:
+          tokens_N, pieces_P = _cut_all(documents, facts, config.sequence_length, row)
+          report.tokens[split] += len(tokens_N)
+          report.dropped_tokens += sum(map(len, documents)) - len(tokens_N)
+          waiting[split].append((tokens_N, pieces_P))
+          if sum(len(tokens) for tokens, _ in waiting[split]) >= window:
+            write(split)
+
+    def write(split: str, end: bool = False) -> None:
+      tokens_N, pieces_P = map(np.concatenate, zip(*waiting[split], strict=True))
+      rows_R, used = _pack(tokens_N, pieces_P, config, row, tokenizer.pad, end)
+      rows_R.tofile(files[split])
+      report.sequences[split] += len(rows_R)
+      rest = tokens_N[pieces_P["length"][:used].sum() :]
+      waiting[split] = [(rest, pieces_P[used:])] if len(rest) else []
+
+    thread = stack.enter_context(ThreadPoolExecutor(1))
+    pairs = _assigned(config, report)
+    pairs = iter(tqdm.tqdm(pairs, "reading", unit=" documents", disable=not progress))
+    added = thread.submit(add, [])
+    while chunk := list(itertools.islice(pairs, 256)):
+      added.result()
+      added = thread.submit(add, chunk)
+    added.result()
+    for split in SPLITS:
+      if waiting[split]:
+        write(split, end=True)
   outer_share = 1 if config.outer_data else config.outer_fraction
   for split, share in zip(SPLITS, (1, outer_share, config.validation_fraction), strict=True):
     if share and not report.sequences[split]:
@@ -273,40 +292,78 @@ def _assigned(config: DataConfig, report: Report) -> Iterator[tuple[str, Documen
     yield split, document
 
 
-def _encoded(
-  pairs: Iterable[tuple[str, Document]], tokenizer: Tokenizer
-) -> Iterator[tuple[str, Document, np.ndarray]]:
-  """(split, document) -> (split, document, its tokens)."""
-  pairs = iter(pairs)
-  while chunk := list(itertools.islice(pairs, 128)):
-    encoded = tokenizer.encode([document.text for _, document in chunk])
-    for (split, document), tokens in zip(chunk, encoded, strict=True):
-      yield split, document, tokens
+def kept(length: Any, sequence_length: int) -> Any:
+  """Tokens of a document that are packed: a short last piece of a longer document is dropped."""
+  rest = length % sequence_length
+  dropped = (length > sequence_length) & (rest < min(MIN_REMAINDER, sequence_length // 2))
+  return length - rest * dropped
 
 
 def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
   """Pieces of at most `length` tokens; a short last piece of a longer document is dropped."""
-  pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-  if len(pieces) > 1 and len(pieces[-1]) < min(MIN_REMAINDER, length // 2):
-    del pieces[-1]
-  return pieces
+  return [tokens[start : start + length] for start in range(0, kept(len(tokens), length), length)]
 
 
-def _pack(path: Path, pieces: np.ndarray, config: DataConfig, pad: int) -> Iterable[dict]:
-  """First-fit packing of a split's pieces, whose tokens are in `path`, into rows of S tokens."""
-  ends = np.cumsum(pieces["length"], dtype=np.int64)
-  tokens = np.memmap(path, np.int32, mode="r") if len(pieces) else None
+def _cut_all(
+  documents: list[np.ndarray], facts: list[tuple[int, float]], length: int, row: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+  """The pieces of documents, as `cut` makes them: all their tokens [N], and a _PIECE for each."""
+  kept_D = kept(np.array(list(map(len, documents))), length)
+  parts = [tokens[:count] for tokens, count in zip(documents, kept_D.tolist(), strict=True)]
+  count_D = -(-kept_D // length)
+  pieces_P = np.zeros(count_D.sum(), _PIECE)
+  pieces_P["length"] = length
+  pieces_P["length"][np.cumsum(count_D) - 1] = kept_D - (count_D - 1) * length
+  for name, values_D in zip(("source", "noise"), zip(*facts, strict=True), strict=True):
+    pieces_P[name] = np.repeat(values_D, count_D)
+  return np.concatenate(parts, dtype=row["tokens"].base, casting="unsafe"), pieces_P
 
-  def piece(index: int) -> dict[str, Any]:
-    return {"tokens": tokens[ends[index] - pieces["length"][index] : ends[index]], "piece": index}
 
-  in_order = grain.MapDataset.range(len(pieces)).map(piece)
-  return grain.experimental.FirstFitPackIterDataset(
-    in_order.to_iter_dataset(grain.ReadOptions(num_threads=0)),
-    length_struct={"tokens": config.sequence_length},
-    padding_struct={"tokens": pad},
-    num_packing_bins=512,
-    shuffle_bins=False,
-    meta_features=("piece",),
-    max_sequences_per_bin=255 if config.packing == "pack" else 1,
-  )
+def _pack(
+  tokens_N: np.ndarray, pieces_P: np.ndarray, config: DataConfig, row: np.dtype, pad: int, end: bool
+) -> tuple[np.ndarray, int]:
+  """Packs pieces into rows; returns them, and how many pieces they hold.
+
+  First fit leaves out the pieces of the last window, which later ones may join, unless at the end.
+  """
+  S, row_P = config.sequence_length, np.arange(len(pieces_P))
+  if config.packing == "pack":
+    row_P = _first_fit(pieces_P["length"].tolist(), S)
+    if not end:
+      row_P = row_P[row_P < row_P[-1] // WINDOW * WINDOW]
+    order_P = np.argsort(row_P, kind="stable")
+    ends_P = np.cumsum(pieces_P["length"], dtype=np.int64)
+    pieces_P, row_P, ends_P = pieces_P[order_P], row_P[order_P], ends_P[order_P]
+    starts_P = ends_P - pieces_P["length"]
+    places = zip(starts_P.tolist(), ends_P.tolist(), strict=True)
+    tokens_N = np.concatenate([tokens_N[:0], *(tokens_N[start:end] for start, end in places)])
+  length_P = pieces_P["length"]
+  first_R = np.flatnonzero(np.diff(row_P, prepend=-1))
+  longest_R = np.lexsort((-length_P, row_P))[first_R]
+  filled_RS = np.arange(S) < np.add.reduceat(length_P, first_R)[:, None]
+  segment_P = (np.arange(len(row_P)) - first_R[row_P] + 1).astype(np.uint8)
+  rows_R = np.zeros(len(first_R), row)
+  rows_R["tokens"] = pad
+  rows_R["tokens"][filled_RS] = tokens_N
+  rows_R["segments"][filled_RS] = np.repeat(segment_P, length_P)
+  rows_R["source"], rows_R["noise"] = pieces_P["source"][longest_R], pieces_P["noise"][longest_R]
+  return rows_R, len(pieces_P)
+
+
+def _first_fit(lengths: list[int], sequence_length: int) -> np.ndarray:
+  """The row of each piece: the first with room. If none of WINDOW has, the next WINDOW begin."""
+  rows, base = [], -WINDOW
+  free, count, start = [-1] * WINDOW + [sequence_length], [], [0] * (sequence_length + 1)
+  for length in lengths:
+    i = start[length]  # rows before it lack the room
+    while free[i] < length:
+      i += 1
+    if i == WINDOW:
+      i, base = 0, base + WINDOW
+      free, count = [sequence_length] * (WINDOW + 1), [0] * WINDOW
+      start = [0] * (sequence_length + 1)
+    start[length] = i
+    count[i] += 1
+    free[i] = free[i] - length if count[i] < MAX_SEGMENTS else 0
+    rows.append(base + i)
+  return np.array(rows)
