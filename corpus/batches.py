@@ -14,14 +14,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +45,7 @@ MIN_REMAINDER = 16  # tokens; a shorter last piece of a longer document is dropp
 DEMO_NOISE_LEVELS = np.arange(1, 9) / 10
 MAX_SEGMENTS = 255  # of a row: they are uint8
 WINDOW = 512  # rows that first fit fills at once
+CHUNK = 2**19  # characters that are tokenized and packed at once
 FORMAT = 1  # of the cache; raise it when a file's content changes
 
 
@@ -210,54 +209,41 @@ def _open_corpus(
 
 
 def _build_corpus(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: bool) -> None:
-  """Reads documents; a thread meanwhile tokenizes, packs and writes the ones read before."""
-  report, sources, row = Report(), {}, _row(config, tokenizer)
+  """Reads, tokenizes, packs and writes in one pass, in chunks of documents."""
+  report, sources, S = Report(), {}, config.sequence_length
   report.tokens, report.sequences = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+  row = _row(config, tokenizer)
   waiting = {split: [] for split in SPLITS}  # (tokens_N, pieces_P) that are in no row yet
-  window = WINDOW * config.sequence_length if config.packing == "pack" else 0  # tokens
+  window = WINDOW * S if config.packing == "pack" else 0  # tokens
   with contextlib.ExitStack() as stack:
     create = lambda name: stack.enter_context(open(folder / name, "wb"))
     files = {split: create(f"{split}.rows") for split in SPLITS}
     validation = create("validation.documents")
-
-    def add(chunk: list[tuple[str, Document]]) -> None:
-      encoded = tokenizer.encode([document.text for _, document in chunk])
-      chosen = {split: ([], []) for split in SPLITS}
-      for (split, document), tokens in zip(chunk, encoded, strict=True):
+    documents = _assigned(config, report)
+    documents = tqdm.tqdm(documents, "reading", unit=" documents", disable=not progress)
+    for chunk in _chunks(documents):
+      for split, document in chunk:
         report.documents[split][document.source] += 1
-        source = sources.setdefault(document.source, len(sources))
-        chosen[split][0].append(tokens)
-        chosen[split][1].append((source, document.noise))
+        sources.setdefault(document.source, len(sources))
         if split == "validation":
           validation.write(json.dumps(vars(document)).encode() + b"\n")
-      for split, (documents, facts) in chosen.items():
-        if documents:
-          tokens_N, pieces_P = _cut_all(documents, facts, config.sequence_length, row)
-          report.tokens[split] += len(tokens_N)
-          report.dropped_tokens += sum(map(len, documents)) - len(tokens_N)
+      encoded = tokenizer.encode([document.text for _, document in chunk])
+      for split in SPLITS:
+        pairs = zip(chunk, encoded, strict=True)
+        own = [(document, tokens) for (name, document), tokens in pairs if name == split]
+        if own:
+          tokens_N, pieces_P = _pieces(own, sources, S, row)
           waiting[split].append((tokens_N, pieces_P))
-          if sum(len(tokens) for tokens, _ in waiting[split]) >= window:
-            write(split)
-
-    def write(split: str, end: bool = False) -> None:
-      tokens_N, pieces_P = map(np.concatenate, zip(*waiting[split], strict=True))
-      rows_R, used = _pack(tokens_N, pieces_P, config, row, tokenizer.pad, end)
-      rows_R.tofile(files[split])
-      report.sequences[split] += len(rows_R)
-      rest = tokens_N[pieces_P["length"][:used].sum() :]
-      waiting[split] = [(rest, pieces_P[used:])] if len(rest) else []
-
-    thread = stack.enter_context(ThreadPoolExecutor(1))
-    pairs = _assigned(config, report)
-    pairs = iter(tqdm.tqdm(pairs, "reading", unit=" documents", disable=not progress))
-    added = thread.submit(add, [])
-    while chunk := list(itertools.islice(pairs, 256)):
-      added.result()
-      added = thread.submit(add, chunk)
-    added.result()
-    for split in SPLITS:
-      if waiting[split]:
-        write(split, end=True)
+          report.dropped_tokens += sum(len(tokens) for _, tokens in own) - len(tokens_N)
+        size = sum(len(tokens_N) for tokens_N, _ in waiting[split])
+        if size > window or (size and not chunk):
+          tokens_N, pieces_P = map(np.concatenate, zip(*waiting[split], strict=True))
+          rows_R, used = _pack(tokens_N, pieces_P, config, row, tokenizer.pad, not chunk)
+          rows_R.tofile(files[split])
+          packed = int(pieces_P["length"][:used].sum())
+          waiting[split] = [(tokens_N[packed:], pieces_P[used:])]
+          report.tokens[split] += packed
+          report.sequences[split] += len(rows_R)
   outer_share = 1 if config.outer_data else config.outer_fraction
   for split, share in zip(SPLITS, (1, outer_share, config.validation_fraction), strict=True):
     if share and not report.sequences[split]:
@@ -292,39 +278,52 @@ def _assigned(config: DataConfig, report: Report) -> Iterator[tuple[str, Documen
     yield split, document
 
 
-def kept(length: Any, sequence_length: int) -> Any:
-  """Tokens of a document that are packed: a short last piece of a longer document is dropped."""
-  rest = length % sequence_length
-  dropped = (length > sequence_length) & (rest < min(MIN_REMAINDER, sequence_length // 2))
-  return length - rest * dropped
+def _chunks(
+  documents: Iterable[tuple[str, Document]],
+) -> Iterator[list[tuple[str, Document]]]:
+  """Chunks of at least CHUNK characters, then the rest, then an empty one."""
+  chunk, size = [], 0
+  for split, document in documents:
+    chunk.append((split, document))
+    size += max(512, len(document.text))  # a short document takes memory too
+    if size >= CHUNK:
+      yield chunk
+      chunk, size = [], 0
+  yield from ([chunk, []] if chunk else [[]])
 
 
 def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
   """Pieces of at most `length` tokens; a short last piece of a longer document is dropped."""
-  return [tokens[start : start + length] for start in range(0, kept(len(tokens), length), length)]
+  return [tokens[start : start + length] for start in range(0, _kept(len(tokens), length), length)]
 
 
-def _cut_all(
-  documents: list[np.ndarray], facts: list[tuple[int, float]], length: int, row: np.dtype
+def _kept(count: Any, length: int) -> Any:
+  """How many of a document's `count` tokens, an int or an array, are in the pieces of `cut`."""
+  rest = count % length
+  return count - rest * ((count > length) & (rest < min(MIN_REMAINDER, length // 2)))
+
+
+def _pieces(
+  documents: list[tuple[Document, np.ndarray]], sources: dict[str, int], length: int, row: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The pieces of documents, as `cut` makes them: all their tokens [N], and a _PIECE for each."""
-  kept_D = kept(np.array(list(map(len, documents))), length)
-  parts = [tokens[:count] for tokens, count in zip(documents, kept_D.tolist(), strict=True)]
+  """The pieces that `cut` makes of documents: their tokens [N] in a row, and a _PIECE for each."""
+  kept_D = _kept(np.array([len(tokens) for _, tokens in documents]), length)
   count_D = -(-kept_D // length)
   pieces_P = np.zeros(count_D.sum(), _PIECE)
   pieces_P["length"] = length
   pieces_P["length"][np.cumsum(count_D) - 1] = kept_D - (count_D - 1) * length
-  for name, values_D in zip(("source", "noise"), zip(*facts, strict=True), strict=True):
-    pieces_P[name] = np.repeat(values_D, count_D)
+  pieces_P["source"] = np.repeat([sources[each.source] for each, _ in documents], count_D)
+  pieces_P["noise"] = np.repeat([each.noise for each, _ in documents], count_D)
+  parts = [tokens[:n] for (_, tokens), n in zip(documents, kept_D.tolist(), strict=True)]
   return np.concatenate(parts, dtype=row["tokens"].base, casting="unsafe"), pieces_P
 
 
 def _pack(
   tokens_N: np.ndarray, pieces_P: np.ndarray, config: DataConfig, row: np.dtype, pad: int, end: bool
 ) -> tuple[np.ndarray, int]:
-  """Packs pieces into rows; returns them, and how many pieces they hold.
+  """Packs pieces into rows [R]; returns them, and how many of the pieces they hold.
 
-  First fit leaves out the pieces of the last window, which later ones may join, unless at the end.
+  Unless at the `end`, first fit leaves the last window out: later pieces may fit in its rows.
   """
   S, row_P = config.sequence_length, np.arange(len(pieces_P))
   if config.packing == "pack":
@@ -336,11 +335,12 @@ def _pack(
     pieces_P, row_P, ends_P = pieces_P[order_P], row_P[order_P], ends_P[order_P]
     starts_P = ends_P - pieces_P["length"]
     places = zip(starts_P.tolist(), ends_P.tolist(), strict=True)
-    tokens_N = np.concatenate([tokens_N[:0], *(tokens_N[start:end] for start, end in places)])
+    tokens_N = np.concatenate([tokens_N[start:end] for start, end in places])
   length_P = pieces_P["length"]
   first_R = np.flatnonzero(np.diff(row_P, prepend=-1))
   longest_R = np.lexsort((-length_P, row_P))[first_R]
-  filled_RS = np.arange(S) < np.add.reduceat(length_P, first_R)[:, None]
+  filled_R = np.add.reduceat(length_P, first_R, dtype=np.int32)
+  filled_RS = np.arange(S, dtype=np.int32) < filled_R[:, None]
   segment_P = (np.arange(len(row_P)) - first_R[row_P] + 1).astype(np.uint8)
   rows_R = np.zeros(len(first_R), row)
   rows_R["tokens"] = pad

@@ -29,11 +29,13 @@ class Tokenizer:
     """Each text as int32 tokens, the start token first. A lone surrogate becomes '?'."""
     raw = [text.encode("utf-8", "replace") for text in texts]
     if self.model is None:
-      ids = [np.frombuffer(text, np.uint8) for text in raw]
+      tokens = [np.frombuffer(b"\0" + text, np.uint8).astype(np.int32) for text in raw]
     else:
-      clean = [text.decode() for text in raw]
-      ids = [each.ids for each in self.model.encode_batch_fast(clean, add_special_tokens=False)]
-    return [np.concatenate([[self.bos], each]).astype(np.int32) for each in ids]
+      encoded = self.model.encode_batch_fast([x.decode() for x in raw], add_special_tokens=False)
+      tokens = [np.array([0, *each.ids], np.int32) for each in encoded]
+    for each in tokens:
+      each[0] = self.bos
+    return tokens
 
   def decode(self, tokens: Iterable[int]) -> str:
     plain = [int(token) for token in tokens if token not in (self.bos, self.pad)]

@@ -362,6 +362,58 @@ def test_packed_pieces_are_the_documents(tmp_path, packing):
   assert corpus.report.dropped_tokens == missing > 0
 
 
+def _plain_rows(documents, S, packing, window):
+  """(tokens, segments, source, noise) of each row by first fit, as plain Python."""
+  done, rows = [], []  # a row: its pieces (tokens, source, noise)
+  for text, source, noise in documents:
+    tokens = [257, *text.encode()]
+    pieces = [tokens[i : i + S] for i in range(0, len(tokens), S)]
+    if len(pieces) > 1 and len(pieces[-1]) < min(16, S // 2):
+      pieces.pop()
+    for piece in pieces:
+      most = 255 if packing == "pack" else 1
+      room = lambda row: S - sum(len(tokens) for tokens, _, _ in row) if len(row) < most else 0  # noqa: B023, E731
+      row = next((row for row in rows if room(row) >= len(piece)), None)
+      if row is None:
+        if len(rows) == window:
+          done, rows = done + rows, []
+        rows.append(row := [])
+      row.append((piece, source, noise))
+  for row in done + rows:
+    tokens = [token for piece, _, _ in row for token in piece]
+    segments = [i for i, (piece, _, _) in enumerate(row, 1) for _ in piece]
+    rest = S - len(tokens)
+    _, source, noise = max(row, key=lambda x: len(x[0]))
+    yield tokens + [256] * rest, segments + [0] * rest, source, noise
+
+
+@pytest.mark.parametrize("packing", ["pack", "document"])
+@pytest.mark.parametrize("S, window", [(2, 7), (3, 512), (16, 4), (40, 512), (900, 3)])
+def test_rows_are_those_of_plain_first_fit(tmp_path, monkeypatch, packing, S, window):
+  rng = np.random.default_rng(S)
+  lengths = [1, S - 2, S - 1, S, S + 6, S + 7, S + 14, S + 15, 2 * S - 1, 5 * S]
+  lengths = [n for n in rng.permutation(lengths * 6 + [1] * 600) if n > 0]
+  records = [
+    {"text": "".join(rng.choice(list("abcé"), n)), "source": f"s{i % 31}", "noise": i % 5 / 4}
+    for i, n in enumerate(lengths)
+  ]
+  blank = [{"text": ""}, {"text": " "}]
+  path = _jsonl(tmp_path / "c.jsonl", [*blank, *records[:9], *blank, *records[9:]])
+  config = _config(path, sequence_length=S, packing=packing, outer_fraction=0.0)
+  monkeypatch.setattr(batches, "WINDOW", window)
+  for chunk in (1, 3 * 512, 2**19):  # characters, a document counting as 512 of them at least
+    monkeypatch.setattr(batches, "CHUNK", chunk)
+    corpus = load_corpus(config, tmp_path / f"cache{chunk}", progress=False)
+    assert len(corpus.splits["outer"].tokens) == 0 and corpus.report.skipped == {"empty text": 4}
+    for name in ("train", "validation"):
+      own = [tuple(r.values()) for r in records if split_of(r["text"], config)[0] == name]
+      tokens, segments, source, noise = zip(*_plain_rows(own, S, packing, window), strict=True)
+      split = corpus.splits[name]
+      assert np.array_equal(split.tokens, tokens) and np.array_equal(split.segments, segments)
+      assert [corpus.sources[i] for i in split.source] == list(source)
+      assert np.array_equal(split.noise, np.float32(noise))
+
+
 def test_documents_far_shorter_and_longer_than_a_sequence(tmp_path):
   long = "".join(np.random.default_rng(0).choice(list("abc def"), 5_000_000))
   records = [{"text": long}] + [{"text": f"{i}"} for i in range(2000)]
