@@ -388,13 +388,13 @@ def _plain_rows(documents, S, packing, window):
 
 
 @pytest.mark.parametrize("packing", ["pack", "document"])
-@pytest.mark.parametrize("S, window", [(2, 7), (3, 512), (16, 4), (40, 512), (900, 3)])
+@pytest.mark.parametrize("S, window", [(2, 7), (3, 512), (16, 4), (40, 3), (900, 512)])
 def test_rows_are_those_of_plain_first_fit(tmp_path, monkeypatch, packing, S, window):
   rng = np.random.default_rng(S)
   lengths = [1, S - 2, S - 1, S, S + 6, S + 7, S + 14, S + 15, 2 * S - 1, 5 * S]
   lengths = [n for n in rng.permutation(lengths * 6 + [1] * 600) if n > 0]
   records = [
-    {"text": "".join(rng.choice(list("abcé"), n)), "source": f"s{i % 31}", "noise": i % 5 / 4}
+    {"text": "".join(rng.choice(list("abcd"), n)), "source": f"s{i % 31}", "noise": i % 5 / 4}
     for i, n in enumerate(lengths)
   ]
   blank = [{"text": ""}, {"text": " "}]
