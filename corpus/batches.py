@@ -209,7 +209,11 @@ def _open_corpus(
 
 
 def _build_corpus(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: bool) -> None:
-  """Reads, tokenizes, packs and writes in one pass, in chunks of documents."""
+  """Reads, tokenizes, packs and writes in one pass, chunk by chunk.
+
+  A second thread gains nothing with byte tokens, as reading holds the interpreter's lock; BPE uses
+  all cores by itself.
+  """
   report, sources, S = Report(), {}, config.sequence_length
   report.tokens, report.sequences = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
   row = _row(config, tokenizer)
@@ -278,18 +282,18 @@ def _assigned(config: DataConfig, report: Report) -> Iterator[tuple[str, Documen
     yield split, document
 
 
-def _chunks(
-  documents: Iterable[tuple[str, Document]],
-) -> Iterator[list[tuple[str, Document]]]:
-  """Chunks of at least CHUNK characters, then the rest, then an empty one."""
+def _chunks(pairs: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+  """Chunks of at least CHUNK characters, then the rest, then an empty chunk: the end."""
   chunk, size = [], 0
-  for split, document in documents:
+  for split, document in pairs:
     chunk.append((split, document))
     size += max(512, len(document.text))  # a short document takes memory too
     if size >= CHUNK:
       yield chunk
       chunk, size = [], 0
-  yield from ([chunk, []] if chunk else [[]])
+  if chunk:
+    yield chunk
+  yield []
 
 
 def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
