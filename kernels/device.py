@@ -8,12 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
-
-try:
-  from jax.experimental.pallas import triton
-except ImportError:  # deprecated since JAX 0.11
-  triton = None
 
 
 class Tpu(NamedTuple):
@@ -51,24 +45,6 @@ def kind(backend: str) -> str | None:
 def of_kind(table: dict[str, Any], kind: str) -> Any:
   """The entry of a table whose keys are prefixes of device kinds; the longest match."""
   return table[max((name for name in table if kind.startswith(name)), key=len)]
-
-
-def tpu_params(*semantics: str) -> pltpu.CompilerParams:
-  limit = of_kind(TPUS, kind("pallas_tpu") or "").vmem_bytes * 15 // 16
-  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
-
-
-def triton_params(warps: int, stages: int) -> Any:
-  """Compiler parameters of a Triton kernel.
-
-  Raises:
-    ValueError: this JAX has no Triton backend.
-  """
-  if triton is None:
-    raise ValueError(
-      "pallas_gpu needs the Triton backend of Pallas, which this JAX lacks: use the 'xla' backend"
-    )
-  return triton.CompilerParams(num_warps=warps, num_stages=stages)
 
 
 def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:

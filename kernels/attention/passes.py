@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import device
+from kernels.pallas import tpu_params, triton_params
 
 HIDDEN = -1e30  # score of a key that a query does not see
 STAGES = 2  # of a GPU's loads
@@ -183,9 +184,9 @@ def run(kernel: Callable, outputs: tuple[str, ...], how: How, x: dict[str, jax.A
   kind = device.kind(how.backend)
   own, block = block_sizes(kernel, S, K, dtype, tangents, how.backend, kind or "")
   if how.backend == "pallas_gpu":
-    compiler_params = device.triton_params(warps=4, stages=STAGES)
+    compiler_params = triton_params(warps=4, stages=STAGES)
   else:
-    compiler_params = device.tpu_params("parallel", "parallel", "parallel")
+    compiler_params = tpu_params("parallel", "parallel", "parallel")
 
   def spec(name):
     if name == "segments":

@@ -15,15 +15,15 @@ Hessian-vector product, works in blocks too. `xla` and `reference` also support 
 Axes: N tokens, D model width, V vocabulary.
 """
 
+import importlib
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kernels.loss import pallas_gpu, pallas_tpu, reference, xla
-
-BACKENDS = dict(reference=reference, xla=xla, pallas_tpu=pallas_tpu, pallas_gpu=pallas_gpu)
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def score_weighted_loss(
@@ -83,9 +83,14 @@ def _check(**arrays):
     raise ValueError(f"hidden, unembedding and weights must be floating: {shapes}")
 
 
+def _backend(name: str) -> ModuleType:
+  """Imported when it is first used: Pallas takes long."""
+  return importlib.import_module(f"kernels.loss.{name}")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(backend, vocab_axis, hidden, unembedding, targets, weights):
-  nll = BACKENDS[backend].token_nll(hidden, unembedding, targets, vocab_axis)
+  nll = _backend(backend).token_nll(hidden, unembedding, targets, vocab_axis)
   return jnp.sum(weights * nll), nll
 
 
@@ -93,10 +98,10 @@ def _loss_fwd(backend, vocab_axis, *arrays):
   perturbed = any(x.perturbed for x in arrays[:2])
   *inputs, weights = (x.value for x in arrays)
   if perturbed:
-    nll, *grads = BACKENDS[backend].nll_and_grads(*inputs, weights, vocab_axis)
+    nll, *grads = _backend(backend).nll_and_grads(*inputs, weights, vocab_axis)
     residuals = nll, inputs, grads
   else:  # only d loss / d weights = nll is needed: no gradient matmuls
-    nll = BACKENDS[backend].token_nll(*inputs, vocab_axis)
+    nll = _backend(backend).token_nll(*inputs, vocab_axis)
     residuals = nll, None, None
   return (jnp.sum(weights * nll), nll), residuals
 
@@ -114,7 +119,7 @@ def _loss_bwd(backend, vocab_axis, residuals, cotangents):
   # In float32: rounding the cotangent to bfloat16 would scale the whole gradient by the error.
   ct_inputs = [(ct_loss * grad).astype(grad.dtype) for grad in grads]
   if ct_nll is not None:  # nll was read too: its cotangent takes the place of the weights
-    _, *more = BACKENDS[backend].nll_and_grads(*inputs, ct_nll, vocab_axis)
+    _, *more = _backend(backend).nll_and_grads(*inputs, ct_nll, vocab_axis)
     ct_inputs = [x + y for x, y in zip(ct_inputs, more, strict=True)]
   return *ct_inputs, None, ct_weights
 

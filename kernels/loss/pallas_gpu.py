@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import device
-from kernels.device import triton
 from kernels.loss import block_math
 from kernels.loss.second_order import differentiable
+from kernels.pallas import triton, triton_params
 
 CHUNK_ELEMENTS = 2**25  # of q: 64 MiB in bfloat16
 
@@ -154,7 +154,7 @@ def _call(kernel, x, blocks, size, outputs):
     out_specs=[jax.tree.map(lambda _: out_spec, outputs)],
     out_shape=[jax.tree.map(lambda _: out_shape, outputs)],
     interpret=device.kind("pallas_gpu") is None,
-    compiler_params=device.triton_params(WARPS, blocks.stages),
+    compiler_params=triton_params(WARPS, blocks.stages),
     cost_estimate=pl.CostEstimate(
       flops=2 * n * d * size * (1 + ("dh" in x) + ("dw" in x)),
       transcendentals=n * size,

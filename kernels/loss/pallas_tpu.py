@@ -39,6 +39,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import device
 from kernels.loss import block_math
 from kernels.loss.second_order import differentiable
+from kernels.pallas import tpu_params
 
 INTERPRET: bool | pltpu.InterpretParams = True  # without a TPU; tests watch for races
 
@@ -138,7 +139,7 @@ def _statistics(x):
     out_shape=[jax.tree.map(lambda _: column, outputs)],
     scratch_shapes=[jax.tree.map(lambda _: running, block_math.empty(1, tangents))],
     interpret=device.kind("pallas_tpu") is None and INTERPRET,
-    compiler_params=device.tpu_params("parallel", "arbitrary"),
+    compiler_params=tpu_params("parallel", "arbitrary"),
     cost_estimate=_cost(x, v, 3 if tangents else 1, table_passes=rows),
   )(x)
   return jax.tree.map(lambda column: column[:n, 0], out)
@@ -191,7 +192,7 @@ def _gradients(x):
       pltpu.SemaphoreType.DMA((2,)),
     ],
     interpret=device.kind("pallas_tpu") is None and INTERPRET,
-    compiler_params=device.tpu_params("parallel", "arbitrary", "arbitrary"),
+    compiler_params=tpu_params("parallel", "arbitrary", "arbitrary"),
     cost_estimate=_cost(x, v, 7 if tangents else 3, token_passes=cores * blocks_V),
   )(x)
   return jnp.sum(d_hidden, 0)[:n, :d].astype(dtype), d_table[:, :d]

@@ -14,7 +14,7 @@ import pytest
 from conftest import assert_close
 
 import transformer
-from kernels import device
+from kernels import pallas
 from kernels.attention import BACKENDS, attention, passes
 from planner import flops
 
@@ -210,7 +210,7 @@ def test_inputs_that_do_not_fit_are_told(monkeypatch):
     fused(True, "cuda")(q, k, v)
   with pytest.raises(ValueError, match="float16: pallas_gpu takes float32 and bfloat16"):
     fused(True, "pallas_gpu")(q.astype(jnp.float16), k, v)
-  monkeypatch.setattr(device, "triton", None)
+  monkeypatch.setattr(pallas, "triton", None)
   with pytest.raises(ValueError, match="needs the Triton backend"):
     fused(True, "pallas_gpu")(q, k, v)
 

@@ -19,7 +19,7 @@ import inner_loop
 import meta_step
 import transformer
 from benchmarks import loss
-from kernels import device, score_weighted_loss
+from kernels import device, pallas, score_weighted_loss
 from kernels.loss import BACKENDS as BY_NAME
 from kernels.loss import block_math, pallas_gpu, pallas_tpu, xla
 
@@ -418,7 +418,7 @@ def test_merged_statistics_are_those_of_all_columns():
 def test_tpu_blocks_fit_in_vmem_at_any_width(kind, kernel):
   chip = device.of_kind(device.TPUS, kind)
   with device.compile_for(kind):
-    limit = device.tpu_params().vmem_limit_bytes  # that the compiler is given
+    limit = pallas.tpu_params().vmem_limit_bytes  # that the compiler is given
   for d in (1, 1280, 4096):
     block_N, block_V, cores = pallas_tpu.block_sizes(
       16384, d, 256_000, "bfloat16", "float32", kind, kernel
