@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 
 import selection
-from evaluation import compare, multiple_choice
+from evaluation import multiple_choice
 from evaluation.plan import Config, costs, main_runs, plan_text, scorer_run, sweep_runs
 from evaluation.runs import open_inputs, rate, train_run
 from runtime import cli, cpu, devices, hosts, programs, sharding
@@ -71,6 +71,8 @@ def make_mesh(config: Config, spec: str | None, jobs: int) -> jax.sharding.Mesh:
 
 def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> None:
   """Trains the models of the plan that are not trained yet, and writes the comparison."""
+  from evaluation import compare  # with Matplotlib
+
   inputs = open_inputs(config, cache_dir)
   fingerprint = f"{inputs.corpus.fingerprint} {inputs.rater.fingerprint}"
   hosts.leader_first(lambda: open_workdir(workdir, config, fingerprint))

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import selection
+from evaluation.plan import Costs
 from runtime.figures import BLUE, STYLE, save_figure, short
 from runtime.files import write_text
 
@@ -32,34 +32,6 @@ STYLES = {  # color-blind-safe colors of Okabe and Ito
 }
 MAX_PANELS, COLUMNS = 24, 4  # learning_curves.png
 MAX_MODELS = 8  # compute.png
-
-
-class Costs(NamedTuple):
-  """Sizes of models and runs, from which FLOPs are counted."""
-
-  parameters: dict[str, int]  # by size
-  rater: int  # parameters
-  scorer: str  # size of the perplexity scorer
-  recipes: dict[str, NamedTuple]  # by size: learning_rate, batch, steps
-  sequence_length: int
-
-  def overhead(self, model: str, policy: str, discard: float) -> float:
-    """FLOPs of rating / FLOPs of training."""
-    scorers = {"datarater": self.rater}
-    scorers |= dict.fromkeys(selection.PERPLEXITY, self.parameters[self.scorer])
-    if policy not in scorers:
-      return 0.0
-    return rating_overhead(scorers[policy], self.parameters[model], discard)
-
-  def tokens(self, model: str) -> int:
-    """D, the tokens of one run."""
-    recipe = self.recipes[model]
-    return recipe.steps * recipe.batch * self.sequence_length
-
-  def flops(self, model: str, policy: str, discard: float) -> float:
-    """FLOPs of one run with its rating: 6 N D (1 + overhead)."""
-    rated = 1 + self.overhead(model, policy, discard)
-    return 6 * self.parameters[model] * self.tokens(model) * rated
 
 
 def compute_fraction(
@@ -85,12 +57,6 @@ def compute_fraction(
         reached -= (steps[i] - steps[i - 1]) * gap / (gap - gaps[i - 1])
       return reached / baseline_steps * (1 + overhead)
   return None
-
-
-def rating_overhead(scorer_parameters: int, lm_parameters: int, discard: float) -> float:
-  """FLOPs of rating the oversampled batch / FLOPs of a training step on the kept batch: per kept
-  token 2 N_rater / (1 - rho) over 6 N_lm."""
-  return 2 * scorer_parameters / (1 - discard) / (6 * lm_parameters)
 
 
 def best_discard(workdir: Path, sweep: list) -> float:

@@ -12,7 +12,7 @@ import transformer
 from config import DTYPES, make_rater
 from config import Config as RaterConfig
 from corpus.tokenizer import load_tokenizer
-from evaluation import compare, pretrain
+from evaluation import pretrain
 from evaluation.multiple_choice import TASKS
 from kernels.loss import BACKENDS
 from rating import rater_config
@@ -90,6 +90,34 @@ class Run(NamedTuple):
     return f"{self.model}-{self.policy}-{self.discard:g}-seed{self.seed}"
 
 
+class Costs(NamedTuple):
+  """Sizes of models and runs, from which FLOPs are counted."""
+
+  parameters: dict[str, int]  # by size
+  rater: int  # parameters
+  scorer: str  # size of the perplexity scorer
+  recipes: dict[str, NamedTuple]  # by size: learning_rate, batch, steps
+  sequence_length: int
+
+  def overhead(self, model: str, policy: str, discard: float) -> float:
+    """FLOPs of rating / FLOPs of training."""
+    scorers = {"datarater": self.rater}
+    scorers |= dict.fromkeys(PERPLEXITY, self.parameters[self.scorer])
+    if policy not in scorers:
+      return 0.0
+    return rating_overhead(scorers[policy], self.parameters[model], discard)
+
+  def tokens(self, model: str) -> int:
+    """D, the tokens of one run."""
+    recipe = self.recipes[model]
+    return recipe.steps * recipe.batch * self.sequence_length
+
+  def flops(self, model: str, policy: str, discard: float) -> float:
+    """FLOPs of one run with its rating: 6 N D (1 + overhead)."""
+    rated = 1 + self.overhead(model, policy, discard)
+    return 6 * self.parameters[model] * self.tokens(model) * rated
+
+
 def sweep_runs(config: Config) -> list[Run]:
   """The smallest model without and with each discard fraction, with the first seed."""
   smallest = min(config.models, key=lambda name: costs(config).parameters[name])
@@ -107,7 +135,7 @@ def scorer_run(config: Config) -> Run:
 
 
 @functools.cache
-def costs(config: Config) -> compare.Costs:
+def costs(config: Config) -> Costs:
   """Parameters, updates and batch of each size."""
   settings = rater_settings(config)
   S, vocab_size = settings.sequence_length, load_tokenizer(settings.tokenizer).vocab_size
@@ -121,7 +149,13 @@ def costs(config: Config) -> compare.Costs:
   recipes = {size: pretrain.RECIPES[size].scaled(n, S, **given) for size, n in parameters.items()}
   rater = count(make_rater(settings, vocab_size).init)
   scorer = config.scorer or min(config.models, key=parameters.get)
-  return compare.Costs(parameters, rater, scorer, recipes, S)
+  return Costs(parameters, rater, scorer, recipes, S)
+
+
+def rating_overhead(scorer_parameters: int, lm_parameters: int, discard: float) -> float:
+  """FLOPs of rating the oversampled batch / FLOPs of a training step on the kept batch: per kept
+  token 2 N_rater / (1 - rho) over 6 N_lm."""
+  return 2 * scorer_parameters / (1 - discard) / (6 * lm_parameters)
 
 
 def rater_settings(config: Config) -> RaterConfig:

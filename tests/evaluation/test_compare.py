@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation import compare
+from evaluation import compare, plan
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ from evaluation import compare
 def test_the_paper_s_printed_bars(rho, steps_needed, net_gain):
   steps = np.arange(1, 49) * 1000.0
   curve = 10 - steps / 1000  # crosses the baseline's final value at the paper's number of steps
-  overhead = compare.rating_overhead(50_000_000, 1_000_000_000, rho)
+  overhead = plan.rating_overhead(50_000_000, 1_000_000_000, rho)
   fraction = compare.compute_fraction(steps, curve, 48_000, 10 - steps_needed, overhead)
   assert 100 * (1 - fraction) == pytest.approx(net_gain, abs=0.15)
 
 
 def test_rating_costs_what_the_paper_s_figures_imply():
-  overheads = [compare.rating_overhead(50, 1000, rho) for rho in (0.75, 0.5, 0.1)]
+  overheads = [plan.rating_overhead(50, 1000, rho) for rho in (0.75, 0.5, 0.1)]
   assert overheads == pytest.approx([0.0667, 0.0333, 0.0185], abs=1e-4)
 
 

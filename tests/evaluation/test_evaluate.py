@@ -180,7 +180,7 @@ def test_bad_flags_end_in_one_line(wrong, message, flags, cache, tmp_path):
 
 def test_the_comparison_of_hand_made_curves(tmp_path):
   recipe = pretrain.Recipe(1e-3, batch=2, steps=40, evaluations=4)
-  costs = compare.Costs({"tiny": 600}, 60, "tiny", {"tiny": recipe}, 16)
+  costs = plan.Costs({"tiny": 600}, 60, "tiny", {"tiny": recipe}, 16)
   curves = {
     ("none", 0.0, 0): [5, 4, 3, 2],
     ("none", 0.0, 1): [5, 4, 3, 2.2],
@@ -247,9 +247,7 @@ def _draw(monkeypatch, folder, models, policies, sets=(), tasks=()):
     (folder / "runs" / run.name / "curve.jsonl").write_text(text)
     runs.append(run)
   recipe = pretrain.Recipe(1e-3, batch=2, steps=100, evaluations=10)
-  costs = compare.Costs(
-    dict.fromkeys(models, 600), 60, models[0], dict.fromkeys(models, recipe), 16
-  )
+  costs = plan.Costs(dict.fromkeys(models, 600), 60, models[0], dict.fromkeys(models, recipe), 16)
   benchmarks = {task: {"questions": 1500, "chance": 0.25} for task in tasks}
 
   def keep(path, figure):
