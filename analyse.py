@@ -22,8 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import page
-from analysis.explain import analyse
 from analysis.heuristics import NAMES
 from analysis.units import Config, Units, read_units
 from rating import open_rater
@@ -51,7 +49,9 @@ def main() -> None:
   programs.keep(place.cache_dir)
   rater = open_rater(place.rater)
   units = read_units(config, rater, Path(place.cache_dir))
-  results = analyse(units, config.seed)
+  from analysis import explain, page  # with SciPy, scikit-learn and Matplotlib
+
+  results = explain.analyse(units, config.seed)
   header = {
     "rater": str(place.rater),
     "fingerprint": rater.fingerprint,

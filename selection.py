@@ -13,7 +13,6 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 
 PERPLEXITY = ("pplx_bottom", "pplx_middle", "pplx_top")
 POLICIES = ("none", "random", "datarater", *PERPLEXITY)
@@ -53,6 +52,8 @@ def acceptance_probability(
 
   Returns: float64.
   """
+  import scipy.special
+
   p, B, K = np.broadcast_arrays(np.asarray(p, np.float64), batch_size, keep)
   return np.where(K >= B, 1.0, scipy.special.betainc(np.maximum(B - K, 1), K, p))
 

@@ -24,7 +24,6 @@ import tqdm
 
 import config as settings
 import meta_step
-from analysis import training_report
 from config import Config
 from corpus.batches import Split, batch_iterator, load_corpus
 from rating import score_texts
@@ -144,6 +143,8 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
   checkpoints.close()
   snapshot(state, config.meta_steps)
   if hosts.is_leader():
+    from analysis import training_report  # with SciPy and Matplotlib
+
     print(training_report.write(workdir, documents, dataclasses.asdict(config)))
 
 

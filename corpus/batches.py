@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 import tqdm
 
@@ -158,6 +157,8 @@ def drawn_rows(rows: int, seed: int, start: int, count: int) -> np.ndarray:
 
   Each epoch is a new permutation, each draw a function of (rows, seed, its number) alone.
   """
+  import grain
+
   mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # seeds 0 and 1 share no epoch
   draws = (divmod(draw, rows) for draw in range(start, start + count))
   # The same order as grain's shuffle, which costs 15 us per sequence.
@@ -170,6 +171,7 @@ def row_batches(
   split: Split, rows_of_step: Callable[[int], np.ndarray], start_step: int = 0
 ) -> Iterator[Batch]:
   """Endless batches of the rows `rows_of_step(t)`, prefetched by threads."""
+  import grain
 
   def batch(step: int) -> Batch:
     rows = rows_of_step(step)

@@ -25,9 +25,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from corpus import demo
 from runtime.cli import UserError, check, check_fields, option, user_error
 
@@ -213,6 +210,9 @@ def read_records(item: Input, text_field: str = "text", first: int = 0) -> Itera
 
   A string instead of fields is the reason why a record is unusable. The parts of a text file have
   their text in `text_field`."""
+  import pyarrow as pa
+  import pyarrow.parquet
+
   with user_error((OSError, pa.ArrowException), f"{item.path} cannot be read to its end"):
     if item.kind == "hub":
       for number, value in itertools.islice(enumerate(_hub_records(item.path), 1), first, None):
@@ -230,7 +230,7 @@ def read_records(item: Input, text_field: str = "text", first: int = 0) -> Itera
           yield number, value, original, raw.tell() / max(item.stamp[0], 1)
 
 
-def _parquet_records(file: pa.parquet.ParquetFile, first: int) -> Iterator[_Read]:
+def _parquet_records(file: Any, first: int) -> Iterator[_Read]:
   number, total = 0, max(file.metadata.num_rows, 1)
   for batch in file.iter_batches(batch_size=256):
     values = _rows(batch) if number + len(batch) > first else [{}] * len(batch)
@@ -240,7 +240,7 @@ def _parquet_records(file: pa.parquet.ParquetFile, first: int) -> Iterator[_Read
         yield number, value, (batch, row), number / total
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict | str]:
+def _rows(batch: Any) -> list[dict | str]:
   try:
     return batch.to_pylist()
   except (OverflowError, ValueError):  # a date of the year 20,000, say

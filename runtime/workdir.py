@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 
 from runtime.cli import check, user_error
 from runtime.files import UNFINISHED, write_text
@@ -54,15 +53,21 @@ class Checkpoints:
   """Orbax checkpoints of a state, a NamedTuple of arrays; each appears atomically."""
 
   def __init__(self, workdir: Path):
+    import orbax.checkpoint as ocp
+
     self.folder = workdir.resolve() / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     self.manager = ocp.CheckpointManager(self.folder, options=options)
 
   def save(self, step: int, state: State) -> None:
+    import orbax.checkpoint as ocp
+
     self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
 
   def restore_latest(self, state: State) -> State:
     """The latest state, laid out as `state`; `state` itself if there is no checkpoint."""
+    import orbax.checkpoint as ocp
+
     step = self.manager.latest_step()
     if step is None:
       return state
@@ -71,6 +76,8 @@ class Checkpoints:
 
   def restore_field(self, name: str, template: Any) -> Any:
     """One field of the latest state, on this host's first device."""
+    import orbax.checkpoint as ocp
+
     step = self.manager.latest_step()
     check(step is not None, f"{self.folder} holds no checkpoint yet")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

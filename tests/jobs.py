@@ -32,8 +32,10 @@ COMPILE_ONCE = {
 }
 
 # The imports of a command take longer than most jobs: a server has them done and forks.
+COMMANDS = ["train", "curate", "evaluate", "analyse", "planner.__main__"]
+LATE = ["analysis.page", "analysis.explain", "evaluation.compare", "grain", "orbax.checkpoint"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "curate", "evaluate", "analyse", "planner.__main__"])
+SERVER.set_forkserver_preload([*COMMANDS, *LATE])
 
 
 def start(script: str, cache: Path, *flags: str, **options) -> subprocess.Popen:
