@@ -12,6 +12,7 @@ A field declares its default, help, choices and bounds in one place.
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import textwrap
@@ -115,8 +116,8 @@ def run(main: Callable[[], None], *settings: type) -> None:
   """Runs a command with the flags of these dataclasses. A UserError exits with status 2."""
   if HELP & set(sys.argv[1:]):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may be `head`
-    print(help_text(sys.modules["__main__"].__doc__ or "", settings))
-    return
+    print(help_text(sys.modules["__main__"].__doc__ or "", settings), flush=True)
+    os._exit(0)  # Python takes 0.2 s to take JAX's modules down
   for each in settings:
     _define_flags(each)
 
