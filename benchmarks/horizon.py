@@ -4,9 +4,9 @@
   python -m benchmarks.horizon --T=8,100 --repeats=3
   python -m benchmarks.horizon --target=h100 --model=150m --T=8,100,1000    # compile only
 
-Differentiates the outer loss with respect to a weight per step and sequence. Prints per T and number
-of replays: what the plan saves in copies of the parameters, what the compiled program takes beside
-its arguments, and the time. Times of one T are measured in turn.
+Differentiates the outer loss with respect to a weight per step and sequence. Prints, per T and
+number of replays: what the plan saves in copies of the parameters, what the compiled program takes
+beside its arguments, and the time. Times of one T are measured in turn.
 """
 
 import dataclasses
