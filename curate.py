@@ -63,11 +63,6 @@ def main() -> None:
   cpu.keep_freed_memory()
   hosts.start(many)
   mesh = devices.local_mesh(devices.make_data_mesh(place.mesh))
-  check(
-    config.score_batch % mesh.shape["data"] == 0,
-    f"--score_batch={config.score_batch} is not a multiple of the {mesh.shape['data']} devices of "
-    "a host: change it or --mesh=data=...",
-  )
   with hosts.stop_together(), sharding.use_mesh(mesh):
     local.curate(config, output)
 

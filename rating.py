@@ -5,18 +5,21 @@
 
 A document is cut into pieces of at most S tokens as for training (a short last piece of a longer
 document is dropped). Its score is the mean of phi_eta over the pieces, weighted by their tokens.
-Pieces are padded to the shortest of S/8, S/4, S/2, S that holds them, in batches of a fixed number
-of tokens: four compiled programs, little padding. A score does not depend on the other documents.
+Pieces are padded to the shortest of S, 3/4 S, S/2, 3/8 S, ... that holds them, in batches of a
+fixed number of tokens: one compiled program for each length in use, little padding. A score does
+not depend on the other documents.
 
 Axes: n documents, B rows of a batch, R rows of a split.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,11 +95,13 @@ def rater_config(workdir: str | os.PathLike) -> Config:
 
 
 def score_texts(
-  score: Score, texts: list[str], tokenizer: Tokenizer, sequence_length: int, score_batch: int = 64
+  score: Score, texts: list[str], tokenizer: Tokenizer, sequence_length: int
 ) -> tuple[np.ndarray, int]:
   """(scores [n] float32, the number of tokens scored)."""
-  rows = make_rows(texts, tokenizer, sequence_length, score_batch)
-  return score_rows(score, rows, len(texts)), sum(int(x.tokens.sum()) for x in rows)
+  counts = []
+  rows = make_rows(texts, tokenizer, sequence_length)
+  scores = score_rows(score, rows, len(texts), lambda part: counts.append(int(part.tokens.sum())))
+  return scores, sum(counts)
 
 
 class Rows(NamedTuple):
@@ -107,35 +112,61 @@ class Rows(NamedTuple):
   tokens: np.ndarray  # [B] int32: tokens of the piece
 
 
-def make_rows(
-  texts: list[str], tokenizer: Tokenizer, sequence_length: int, score_batch: int
-) -> list[Rows]:
-  """All pieces of the texts in batches of score_batch * S tokens, the longest first; pieces of one
-  length keep the order of the texts."""
-  buckets = {length: [] for length in sorted({-(-sequence_length // n) for n in (8, 4, 2, 1)})}
-  for index, tokens in enumerate(tokenizer.encode(texts)):
-    for piece in cut(tokens, sequence_length):
-      length = next(length for length in buckets if len(piece) <= length)
-      buckets[length].append((index, piece))
-  result = []
-  for length, pieces in reversed(buckets.items()):
-    rows = score_batch * sequence_length // length
-    for start in range(0, len(pieces), rows):
-      result.append(pad_pieces(pieces[start : start + rows], rows, length, tokenizer.pad))
-  return result
+def make_rows(texts: list[str], tokenizer: Tokenizer, sequence_length: int) -> Iterator[Rows]:
+  """Yields all pieces of the texts in batches, each as soon as it is full. Pieces of one length
+  keep the order of the texts."""
+  buckets = {length: [] for length in piece_lengths(sequence_length)}
+  for start in range(0, len(texts), 16):  # few at a time: their tokens take memory
+    for index, tokens in enumerate(tokenizer.encode(texts[start : start + 16]), start):
+      for piece in cut(tokens, sequence_length):
+        length = next(length for length in buckets if len(piece) <= length)
+        pieces, rows = buckets[length], batch_rows(length)
+        pieces.append((index, piece))
+        if len(pieces) == rows:
+          yield pad_pieces(pieces, rows, length, tokenizer.pad)
+          pieces.clear()
+  for length, pieces in buckets.items():
+    if pieces:
+      yield pad_pieces(pieces, batch_rows(length), length, tokenizer.pad)
+
+
+def piece_lengths(sequence_length: int) -> list[int]:
+  """S, 3/4 S, S/2, 3/8 S, ... down to 16 tokens, ascending."""
+  parts = {-(-sequence_length * n // 2**k) for n in (1, 3) for k in range(32)}
+  return sorted(n for n in parts if 16 <= n < sequence_length) + [sequence_length]
+
+
+def batch_rows(length: int) -> int:
+  """Rows of a batch for the devices in use. On a CPU the activations of 1,024 tokens stay in the
+  caches; larger batches take up to 1.5 times as long per token."""
+  tokens = 1024 if jax.default_backend() == "cpu" else 2**16
+  return max(1, tokens // length) * sharding.axis_size("data")
 
 
 def score_rows(
-  score: Score, rows: list[Rows], documents: int, scored: Callable[[Rows], None] = lambda rows: None
+  score: Score,
+  rows: Iterable[Rows],
+  documents: int,
+  scored: Callable[[Rows], None] = lambda rows: None,
 ) -> np.ndarray:
   """Scores [n] float32 of documents from all their pieces; calls `scored` after each batch."""
-  total, count = np.zeros((2, documents))
-  for part, scores in zip(rows, _results(score, (part.batch for part in rows)), strict=True):
+  # Summed by length: which length's batch is full first depends on the other documents.
+  totals = collections.defaultdict(lambda: np.zeros(documents))
+  count, parts = np.zeros(documents), collections.deque()
+
+  def batches():
+    for part in rows:
+      parts.append(part)
+      yield part.batch
+
+  for scores in results(score, batches()):
+    part = parts.popleft()
     real = part.index >= 0
     index, tokens = part.index[real], part.tokens[real].astype(np.float64)
-    np.add.at(total, index, scores[real] * tokens)
+    np.add.at(totals[part.batch.tokens.shape[1]], index, scores[real] * tokens)
     np.add.at(count, index, tokens)
     scored(part)
+  total = sum(totals[length] for length in sorted(totals))
   return (total / np.maximum(count, 1)).astype(np.float32)
 
 
@@ -143,27 +174,40 @@ def score_sequences(
   score: Score, split: Split | Batch, rows: np.ndarray, progress: str | None = None
 ) -> np.ndarray:
   """Scores [R] float32 of these rows of a split, with a progress bar of that title, if any."""
-  size = 128
-  chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+  size = batch_rows(split.tokens.shape[1])
+  starts = range(0, len(rows), size)
 
   def batches():
-    for chunk in tqdm.tqdm(chunks, progress, unit=" batches", disable=progress is None):
-      padded = np.resize(chunk, size)  # one shape, one compiled program
+    for start in tqdm.tqdm(starts, progress, unit=" batches", disable=progress is None):
+      padded = np.resize(rows[start : start + size], size)  # one shape, one compiled program
       yield Batch(*(np.asarray(x[padded], np.int32) for x in (split.tokens, split.segments)))
 
-  scores = list(_results(score, batches()))
+  scores = list(results(score, batches()))
   return np.concatenate([np.zeros(0, np.float32), *scores])[: len(rows)]
 
 
-def _results(score: Score, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
-  """Scores of each batch, read two batches late so that the device never waits for the host."""
-  pending = collections.deque()
-  for batch in batches:
-    pending.append(score(batch))
-    if len(pending) > 2:
-      yield np.asarray(pending.popleft())
-  while pending:
-    yield np.asarray(pending.popleft())
+def results(function: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[np.ndarray]:
+  """Yields function(batch) of each batch, in order, while the next batches are under way.
+
+  On one CPU device each core computes a batch of its own: the matmuls of a small batch are too
+  small to be shared. Elsewhere the device works through a queue, in one order on all devices.
+  """
+  alone = jax.default_backend() == "cpu" and jax.sharding.get_mesh().size <= 1
+  threads = alone and os.cpu_count() or 1
+  value = lambda batch: np.asarray(function(batch))
+  pending, shapes = collections.deque(), set()
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    for batch in batches:
+      shape = tuple(x.shape for x in jax.tree.leaves(batch))
+      if alone and shape in shapes:
+        pending.append(pool.submit(value, batch).result)
+      else:  # the first call of a shape compiles: only one thread does
+        pending.append(partial(np.asarray, function(batch)))
+        shapes.add(shape)
+      if len(pending) > 2 * threads:
+        yield pending.popleft()()
+    while pending:
+      yield pending.popleft()()
 
 
 def pad_pieces(pieces: list[tuple[int, np.ndarray]], rows: int, length: int, pad: int) -> Rows:

@@ -82,12 +82,14 @@ def sample(config: DataConfig, count: int) -> list[Document]:
 
 def _document_units(documents: list[Document], rater: TrainedRater) -> Units:
   texts, S = [d.text for d in documents], rater.config.sequence_length
-  rows = make_rows(texts, rater.tokenizer, S, 64)
   tokens, pieces = np.zeros((2, len(texts)))
-  for part in rows:
+
+  def count(part):
     real = part.index >= 0
     np.add.at(tokens, part.index[real], part.tokens[real])
     np.add.at(pieces, part.index[real], 1)
+
+  scores = score_rows(rater.score, make_rows(texts, rater.tokenizer, S), len(texts), count)
   density = tokens / np.maximum(pieces * S, 1)
   return Units(
     kind="document",
@@ -95,7 +97,7 @@ def _document_units(documents: list[Document], rater: TrainedRater) -> Units:
     ids=[d.id for d in documents],
     source=np.array([d.source for d in documents]),
     noise=np.array([d.noise for d in documents], float),
-    scores=score_rows(rater.score, rows, len(texts)),
+    scores=scores,
     features=_features(texts, density, np.ones(len(texts), int)),
   )
 

@@ -135,8 +135,8 @@ class Score(beam.DoFn):
 def scorer(config: jobs.Config) -> Callable[[list[str]], tuple[np.ndarray, int]]:
   """texts -> (scores [n], tokens)."""
   rater = rating.open_rater(config.rater)
-  length, rows = rater.config.sequence_length, config.score_batch
-  return lambda texts: rating.score_texts(rater.score, texts, rater.tokenizer, length, rows)
+  how = rater.tokenizer, rater.config.sequence_length
+  return lambda texts: rating.score_texts(rater.score, texts, *how)
 
 
 def sort(arrays: list[np.ndarray]) -> np.ndarray:

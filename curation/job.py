@@ -19,7 +19,7 @@ from runtime.cli import check, check_fields, option
 from runtime.files import write_text
 from runtime.workdir import open_workdir
 
-FORMAT = 1  # of the output; raise it when the written files change
+FORMAT = 2  # of the output; raise it when the written files change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Config:
     None,
     "of the output; default: parquet if all inputs are, else jsonl",
     choices=records.FORMATS,
-    section="Format and batches",
+    section="Format",
   )
-  shard_records: int = option(4096, "records per file; an interrupted one is redone", at_least=1)
-  score_batch: int = option(64, "sequences per batch at length S; more if shorter", at_least=1)
+  shard_records: int = option(
+    4096, "records per file at most; an interrupted one is redone", at_least=1
+  )
   runner: str | None = option(None, "DirectRunner, Dataflow, Flink, ...", section="Apache Beam")
   beam_options: tuple[str, ...] = option((), "flags for the runner: --project=x,--region=y")
 

@@ -1,12 +1,11 @@
 """Curates on one host or on several that share a folder: score, select, write, resume.
 
-Pass 1: shards of --shard_records are assigned round-robin; each host reads all records but
-tokenizes and scores only its own shards. Pass 2: each host writes a contiguous range of parts,
-reading from the first of them. The output is byte-identical for any number of hosts, and a
-different number may resume a run.
+Pass 1: shards of at most --shard_records and SHARD_BYTES are assigned round-robin; each host reads
+all records but tokenizes and scores only its own shards. Pass 2: each host writes a contiguous
+range of parts, reading from the first of them. The output is byte-identical for any number of
+hosts, and a different number may resume a run.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import itertools
@@ -30,6 +29,8 @@ from runtime import hosts
 from runtime.cli import check
 from runtime.files import UNFINISHED, write_atomically
 from runtime.workdir import StopSignal
+
+SHARD_BYTES = 2**23  # of its records; a larger record is a shard by itself. Bounds the memory
 
 
 def curate(config: Config, output: Path) -> None:
@@ -111,24 +112,27 @@ def score(job: Job, output: Path, stop: StopSignal) -> None:
   began, tokens = time.monotonic(), 0
   with hosts.progress("scoring", before, unit=" documents") as bar:
     for own_shards, after in ahead(prepared(job, done, start)):
-      for number, rows, coins, about in own_shards:
+      for number, texts, coins, about in own_shards:
         if about.read > 0:  # an estimate; the hub gives none
           total = round(about.documents / about.read)
           bar.total = min(total, job.config.max_documents or total)
-        documents_per_token = (after - before) / max(about.tokens, 1)
+        scored_before, per_document = tokens, (after - before) / max(len(texts), 1)
 
-        def progress(batch, before=before, start=tokens, rate=documents_per_token):
+        def progress(batch, before=before, per_document=per_document):
           nonlocal tokens
           tokens += int(batch.tokens.sum())
-          bar.update(before + round(rate * (tokens - start)) - bar.n)
+          reached = before + round(per_document * (int(batch.index.max()) + 1))
+          bar.update(max(reached - bar.n, 0))
           bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
           if stop.requested:
             raise Stopped
 
         with contextlib.suppress(Stopped):  # all hosts stop at the end of the round
-          scores = rating.score_rows(job.rater.score, rows, len(coins), progress)
+          rows = rating.make_rows(texts, job.rater.tokenizer, job.rater.config.sequence_length)
+          scores = rating.score_rows(job.rater.score, rows, len(texts), progress)
           finite = bool(np.isfinite(scores).all())
           check(finite, f"the rater of {job.config.rater} diverged: its scores are not finite")
+          about = about._replace(tokens=tokens - scored_before)
           contents = dict(scores=scores, coins=coins, about=np.array(json.dumps(about)))
           write_atomically(folder / f"{number:05d}.npz", partial(np.savez, **contents))
       if hosts.any_host(stop.requested):
@@ -155,7 +159,7 @@ def unbroken(done: dict[int, Scored]) -> list[Scored]:
 def prepared(
   job: Job, done: dict[int, Scored], start: list[Scored]
 ) -> Iterator[tuple[list[tuple], int]]:
-  """Yields for each round this host's shards [(number, batches, coins, about)], at most one, and
+  """Yields for each round this host's shards [(number, texts, coins, about)], at most one, and
   the number of documents from the start of the input to the end of the round."""
   n, host = jax.process_count(), jax.process_index()
   wanted = lambda number: number not in done and (number - len(start)) % n == host
@@ -166,8 +170,8 @@ def prepared(
 
 
 def read(job: Job, done: list[Scored], wanted: Callable[[int], bool]) -> Iterator[Shard]:
-  """Yields the shards of the input that follow the first ones, `done`. A shard whose number is not
-  `wanted` is only counted."""
+  """Yields the shards of the input that follow the first ones, `done`, a function of the input and
+  --shard_records alone. A shard whose number is not `wanted` is only counted."""
   counts, start = Report(), (0, 0)
   for about in (shard.about for shard in done):
     counts.records += about.records
@@ -176,26 +180,35 @@ def read(job: Job, done: list[Scored], wanted: Callable[[int], bool]) -> Iterato
   unread = records.checked(job.reading, job.format, counts, tuple(start))
   number, first = len(done), next(unread, None)
   while first is not None:
-    shard = itertools.chain([first], itertools.islice(unread, job.config.shard_records - 1))
-    shard = collections.deque(shard, maxlen=None if wanted(number) else 0)
-    documents = counts.usable
-    first = next(unread, None)  # raises at the end if too many records are unusable
-    yield Shard(number, list(shard), first and list(first[:2]), documents)
+    shard, count, size = [], 0, 0
+    while first is not None and count < job.config.shard_records:
+      size += record_bytes(first)
+      if count > 0 and size > SHARD_BYTES:
+        break
+      if wanted(number):
+        shard.append(first)
+      count, documents = count + 1, counts.usable
+      first = next(unread, None)  # raises at the end if too many records are unusable
+    yield Shard(number, shard, first and list(first[:2]), documents)
     number += 1
 
 
-def prepare(job: Job, shard: Shard) -> tuple[list[rating.Rows], np.ndarray, About]:
-  """The batches and coins of a shard's documents, and its description."""
-  rater, config = job.rater, job.config
+def record_bytes(record: Record) -> int:
+  """The size of a record: of its line in JSONL, else of its text."""
+  if isinstance(record.original, bytes):
+    return len(record.original)
+  return len(record.document.text.encode("utf-8", "replace")) if record.document else 0
+
+
+def prepare(job: Job, shard: Shard) -> tuple[list[str], np.ndarray, About]:
+  """The texts and coins of a shard's documents, and its description."""
   texts = [record.document.text for record in shard.usable]
-  rows = rating.make_rows(texts, rater.tokenizer, rater.config.sequence_length, config.score_batch)
-  coins = np.array([selection.coin(config.seed, text) for text in texts])
-  tokens = sum(int(batch.tokens.sum()) for batch in rows)
-  return rows, coins, describe(job, shard, tokens)
+  coins = np.array([selection.coin(job.config.seed, text) for text in texts])
+  return texts, coins, describe(job, shard)
 
 
-def describe(job: Job, shard: Shard, tokens: int) -> About:
-  """What is kept of a shard that has been scored."""
+def describe(job: Job, shard: Shard) -> About:
+  """What is kept of a shard; its tokens are counted as they are scored."""
   sizes, last = [item.stamp[0] for item in job.inputs], shard.records[-1]
   read = (sum(sizes[: last.input]) + sizes[last.input] * last.read) / max(sum(sizes), 1)
   rejects = [
@@ -207,7 +220,7 @@ def describe(job: Job, shard: Shard, tokens: int) -> About:
     x for x in shard.usable if job.format == "parquet" and not isinstance(x.original, tuple)
   ]
   schema = records.inferred_schema(inferred).serialize().to_pybytes().hex() if inferred else None
-  return About(shard.next, len(shard.records), shard.documents, rejects, read, schema, tokens)
+  return About(shard.next, len(shard.records), shard.documents, rejects, read, schema, tokens=0)
 
 
 def ahead(iterator: Iterator) -> Iterator:

@@ -92,7 +92,7 @@ def job(workdir, tmp_path):
 
   def run(*inputs, output=None, **flags):
     output = output or tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-    defaults = {"discard": 0.5, "batch_size": 16, "shard_records": 16, "score_batch": 4}
+    defaults = {"discard": 0.5, "batch_size": 16, "shard_records": 16}
     if flags.get("score_only"):
       del defaults["discard"]
     flags = defaults | {"rater": str(workdir)} | flags
@@ -328,7 +328,7 @@ def test_scores_are_the_trained_rater_s_at_any_length(workdir, job, tmp_path):
 def test_a_score_does_not_depend_on_the_other_documents(workdir):
   rater, texts = rating.open_rater(str(workdir)), make_texts(150)
   order = np.random.default_rng(0).permutation(150)
-  score = lambda texts: rating.score_texts(rater.score, texts, rater.tokenizer, 32, score_batch=4)
+  score = lambda texts: rating.score_texts(rater.score, texts, rater.tokenizer, 32)
   scores, tokens = score(texts)
   assert tokens == sum(len(p) for t in rater.tokenizer.encode(texts) for p in cut(t, 32))
   np.testing.assert_array_equal(scores[order], score([texts[i] for i in order])[0])
@@ -338,8 +338,8 @@ def test_a_score_does_not_depend_on_the_other_documents(workdir):
 
 def test_batches_hold_every_piece_once_and_have_few_shapes():
   tokenizer, texts = load_tokenizer("bytes"), ["a" * n for n in range(1, 200)]
-  batches = rating.make_rows(texts, tokenizer, 33, 8)
-  assert {x.batch.tokens.shape for x in batches} == {(8, 33), (15, 17), (29, 9), (52, 5)}
+  batches = list(rating.make_rows(texts, tokenizer, 33))
+  assert {x.batch.tokens.shape for x in batches} == {(31, 33), (40, 25), (60, 17)}
   pieces = [
     (int(i), x.batch.tokens[row, :n].tolist())
     for x in batches
@@ -448,7 +448,7 @@ def test_however_the_input_is_split_the_same_documents_are_kept(job, tmp_path):
   path = write_lines(tmp_path / "all.jsonl", records)
   whole = job(path, shard_records=300)
   kept = kept_texts(whole)
-  assert kept_texts(job(path, shard_records=7, score_batch=2)) == kept
+  assert kept_texts(job(path, shard_records=7)) == kept
   a = write_lines(tmp_path / "a.jsonl", records[100:])
   b = write_lines(tmp_path / "b.jsonl", records[:100][::-1])
   assert kept_texts(job(a, b)) == kept
@@ -543,7 +543,7 @@ def run(environment, *arguments):
 def test_killed_three_times_the_output_is_the_same_bytes(job, workdir, tmp_path, environment):
   texts = make_texts(1200)
   path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in texts] + [b"{"])
-  flags = [f"--data={path}", "--discard=0.5", "--shard_records=8", "--score_batch=4"]
+  flags = [f"--data={path}", "--discard=0.5", "--shard_records=8"]
   output, rng = tmp_path / "killed", random.Random(0)
   left = []
   for pattern, count in (("scores/*", 3), ("scores/*", 90), ("part-*", 40)):
@@ -635,7 +635,7 @@ def test_hosts_score_what_is_not_done_once_in_as_many_rounds(hosts, done, tmp_pa
   job = curation.job.Job(settings, None, find_inputs((path,)), DataConfig((path,)), "jsonl")
   everything = list(local.read(job, [], lambda number: True))
   assert [len(shard.usable) for shard in everything] == [8] * 9 + [3]
-  abouts = [local.describe(job, shard, tokens=0) for shard in everything]
+  abouts = [local.describe(job, shard) for shard in everything]
   scored = {i: local.Scored(np.zeros(8), np.zeros(8), abouts[i]) for i in done}
   start = local.unbroken(scored)
   monkeypatch.setattr(local, "prepare", lambda job, shard: ([x.value for x in shard.usable],))
@@ -821,7 +821,7 @@ def test_beam_gives_the_same_lines_rejects_and_manifest(score_only, job, tmp_pat
   (tmp_path / "b.jsonl.gz").write_bytes(
     gzip.compress(b"\n".join(json.dumps(r).encode() for r in records[300:]))
   )
-  flags = dict(score_only=score_only, score_batch=4)
+  flags = dict(score_only=score_only)
   here = job(a, tmp_path / "b.jsonl.gz", shard_records=37, **flags)
   beam = job(a, tmp_path / "b.jsonl.gz", runner="DirectRunner", **flags)
   assert sorted_records(beam) == sorted_records(here)

@@ -183,7 +183,7 @@ def write_texts(path, count, bad=(), odd=()):
 @pytest.mark.slow
 def test_two_hosts_curate_to_the_bytes_of_one_whatever_happens(start, small_rater, tmp_path):
   flags = [f"--rater={small_rater}", write_texts(tmp_path / "in.jsonl", 4000, bad=(9, 77, 3999))]
-  flags += ["--discard=0.5", "--shard_records=8", "--score_batch=4"]
+  flags += ["--discard=0.5", "--shard_records=8"]
   two, of = tmp_path / "two", dict(script="curate.py")
   count = lambda files: len(list(two.glob(files)))
 
@@ -218,7 +218,7 @@ def test_two_hosts_curate_to_the_bytes_of_one_whatever_happens(start, small_rate
 def test_two_hosts_of_two_devices_curate_what_one_does(start, small_rater, tmp_path, two_devices):
   two_devices()
   flags = [f"--rater={small_rater}", write_texts(tmp_path / "in.jsonl", 110), "--score_only"]
-  flags += ["--shard_records=9", "--score_batch=4", "--format=parquet", "--max_documents=100"]
+  flags += ["--shard_records=9", "--format=parquet", "--max_documents=100"]
   of = dict(script="curate.py")
   said = finish(start_hosts(start, "two", *flags, "--mesh=data=4", **of))
   assert "x 2 on each of 2 hosts" in said
