@@ -18,6 +18,7 @@ import optax
 import tqdm
 
 import transformer
+from rating import Score, score_sequences
 from runtime import hosts, sharding
 from runtime.cli import check
 from runtime.workdir import Checkpoints, Metrics, StopSignal
@@ -155,14 +156,18 @@ def adam(recipe: Recipe) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
+def mean_nll(model: transformer.LanguageModel, params: Any, rows: transformer.Batch) -> float:
+  """NLL in nats per token of rows [R, S], the mean over all counted tokens."""
+  nll_R = score_sequences(sequence_nll(model, params), rows, np.arange(len(rows.tokens)))
+  count_R = np.asarray(transformer.next_token_targets(rows)[1].sum(-1))
+  return float(np.average(nll_R, weights=count_R))
+
+
+def sequence_nll(model: transformer.LanguageModel, params: Any) -> Score:
+  """Batch [B, S] -> the mean NLL of each sequence [B]."""
+  return lambda batch: _sequence_nll(model, params, sharding.shard(batch, "data"))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def mean_nll(model: transformer.LanguageModel, params, rows: transformer.Batch) -> jax.Array:
-  """NLL in nats per token of rows [blocks, rows, S], the mean over all counted tokens."""
-
-  def block(batch):
-    nll_B = model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]
-    count_B = transformer.next_token_targets(batch)[1].sum(-1)
-    return (nll_B * count_B).sum(), count_B.sum()
-
-  total, count = jax.lax.map(block, rows)
-  return sharding.replicate(total.sum() / jnp.maximum(count.sum(), 1))
+def _sequence_nll(model: transformer.LanguageModel, params, batch: transformer.Batch) -> jax.Array:
+  return sharding.replicate(model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1])

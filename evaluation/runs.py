@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import selection
@@ -29,7 +27,7 @@ from transformer import Batch
 class Inputs(NamedTuple):
   corpus: Corpus
   rater: TrainedRater
-  eval_sets: dict[str, Batch]  # name -> rows [blocks, rows, S]
+  eval_sets: dict[str, Batch]  # name -> rows [R, S]
   questions: dict[str, list[multiple_choice.Question]]  # by task
 
 
@@ -64,16 +62,14 @@ def open_inputs(config: Config, cache_dir: Path) -> Inputs:
 def _evenly(
   documents: Iterable[Document], tokenizer: Tokenizer, S: int, limit: int
 ) -> Batch | None:
-  """At most `limit` pieces of the documents, as a Batch [blocks, rows, S]; None without any."""
+  """At most `limit` pieces of the documents, as a Batch [R, S]; None without any."""
   texts = [document.text for document in documents]
   pieces = [piece for tokens in tokenizer.encode(texts) for piece in cut(tokens, S)]
   if not pieces:
     return None
   chosen = np.unique(np.linspace(0, len(pieces) - 1, min(limit, len(pieces))).astype(int))
-  rows = min(64, len(chosen))
-  blocks = -(-len(chosen) // rows)
-  batch = pad_pieces([(i, pieces[i]) for i in chosen], blocks * rows, S, tokenizer.pad).batch
-  return Batch(*(x.reshape(blocks, rows, S) for x in batch))
+  pieces = [(i, pieces[i]) for i in chosen]
+  return pad_pieces(pieces, len(pieces), S, tokenizer.pad).batch
 
 
 def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bool = True) -> None:
@@ -92,9 +88,7 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
     run = plan.scorer_run(config)
     model = language_model(config, run.model, inputs.corpus.tokenizer.vocab_size)
     params = pretrain.trained(workdir / "runs" / run.name, model, costs(config).recipes[run.model])
-    nll_B = lambda params, batch: model.loss(params, jnp.zeros(len(batch.tokens)), batch)[1]
-    nll = jax.jit(lambda *args: sharding.replicate(nll_B(*args)))
-    score = lambda batch: nll(params, sharding.shard(batch, "data"))
+    score = pretrain.sequence_nll(model, params)
   rows = _rows_drawn(config, len(split.tokens), kind)
   values = np.full(len(split.tokens), np.nan, np.float32)
   shown = kind if progress and hosts.is_leader() else None
@@ -126,11 +120,10 @@ def train_run(
   inputs, recipe = open_inputs(config, cache_dir), costs(config).recipes[run.model]
   corpus, progress = inputs.corpus, progress and hosts.is_leader()
   model = language_model(config, run.model, corpus.tokenizer.vocab_size)
-  sets = {name: sharding.shard(rows, None, "data") for name, rows in inputs.eval_sets.items()}
 
   def measure(params):
     nll = functools.partial(pretrain.mean_nll, model, params)
-    row = {"nll": {name: float(nll(rows)) for name, rows in sets.items()}}
+    row = {"nll": {name: nll(rows) for name, rows in inputs.eval_sets.items()}}
     if inputs.questions:
       logprob = functools.partial(multiple_choice.sequence_logprob, model, params)
       score = lambda *rows: logprob(*sharding.shard(rows, "data"))

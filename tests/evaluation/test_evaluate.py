@@ -111,8 +111,7 @@ def test_what_is_reported_is_disjoint_from_what_anything_learned_from_or_was_cho
     texts[half] += document.text + "\n"
   tokenizer = load_tokenizer("bytes")
   for name in ("selection", "validation"):
-    rows = open_inputs(config, cache).eval_sets[name]
-    tokens, segments = (x.reshape(-1, settings.sequence_length) for x in rows)
+    tokens, segments = open_inputs(config, cache).eval_sets[name]
     pieces = [tokenizer.decode(t[s > 0]) for t, s in zip(tokens, segments, strict=True)]
     long = [piece for piece in pieces if len(piece) > 28]
     assert len(long) > 10
