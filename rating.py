@@ -5,9 +5,8 @@
 
 A document is cut into pieces of at most S tokens as for training (a short last piece of a longer
 document is dropped). Its score is the mean of phi_eta over the pieces, weighted by their tokens.
-Pieces are padded to the shortest of S, 3/4 S, S/2, 3/8 S, ... that holds them, in batches of a
-fixed number of tokens: one compiled program for each length in use, little padding. A score does
-not depend on the other documents.
+Pieces are padded to one of a few lengths, in batches of a fixed number of tokens: one compiled
+program for each length in use, little padding. A score does not depend on the other documents.
 
 Axes: n documents, B rows of a batch, R rows of a split.
 """
@@ -131,9 +130,11 @@ def make_rows(texts: list[str], tokenizer: Tokenizer, sequence_length: int) -> I
 
 
 def piece_lengths(sequence_length: int) -> list[int]:
-  """S, 3/4 S, S/2, 3/8 S, ... down to 16 tokens, ascending."""
-  parts = {-(-sequence_length * n // 2**k) for n in (1, 3) for k in range(32)}
-  return sorted(n for n in parts if 16 <= n < sequence_length) + [sequence_length]
+  """Multiples of S/8 down to 3/8 S, then S/4, 3/16 S, S/8, ... down to 16 tokens; ascending. Each
+  in use costs a compilation; short texts are padded by about a tenth."""
+  eighths = [(n, 8) for n in range(3, 9)] + [(n, 8 << k) for n in (2, 3) for k in range(24)]
+  lengths = {-(-sequence_length * n // parts) for n, parts in eighths}
+  return sorted(n for n in lengths if 16 <= n < sequence_length) + [sequence_length]
 
 
 def batch_rows(length: int) -> int:

@@ -1,9 +1,14 @@
-"""rating.py: texts as rows of pieces."""
+"""rating.py: texts as rows of pieces, sums and order of their scores."""
+
+import threading
+import time
 
 import numpy as np
+import pytest
 
 from corpus.tokenizer import load_tokenizer
-from rating import make_rows, piece_lengths
+from rating import Rows, make_rows, piece_lengths, results, score_rows
+from transformer import Batch
 
 
 def test_rows_hold_the_pieces_of_the_texts_in_order():
@@ -24,7 +29,35 @@ def test_rows_hold_the_pieces_of_the_texts_in_order():
   assert list(make_rows([], tokenizer, 64)) == []
 
 
-def test_lengths_halve_in_two_steps_down_to_16_tokens():
-  assert piece_lengths(128) == [16, 24, 32, 48, 64, 96, 128]
-  assert piece_lengths(33) == [17, 25, 33]
+def test_lengths_are_eighths_then_halve_in_two_steps_down_to_16_tokens():
+  assert piece_lengths(128) == [16, 24, 32, 48, 64, 80, 96, 112, 128]
+  assert piece_lengths(33) == [17, 21, 25, 29, 33]
   assert piece_lengths(8) == [8]
+
+
+def test_a_score_does_not_depend_on_which_batch_is_full_first():
+  rows = lambda length, values: Rows(
+    Batch(np.tile(np.float32(values)[:, None], length), np.ones((len(values), length))),
+    index=np.zeros(len(values), int),
+    tokens=np.ones(len(values), int),
+  )
+  score = lambda batch: batch.tokens[:, 0]
+  wide, narrow = rows(8, [1e17, -1e17]), rows(4, [3])  # 3 is lost in a sum that starts with 1e17
+  assert [score_rows(score, parts, 1) for parts in ([wide, narrow], [narrow, wide])] == [1, 1]
+
+
+def test_results_come_in_order_from_several_threads_and_errors_are_raised():
+  threads = set()
+
+  def function(batch):
+    threads.add(threading.get_ident())
+    time.sleep(0.002 * (batch[0] % 3))
+    if batch[0] == 99:
+      raise FloatingPointError
+    return batch * 2
+
+  values = list(results(function, (np.full(2 + i % 2, i) for i in range(40))))
+  assert [value[0] for value in values] == [2 * i for i in range(40)]
+  assert threading.get_ident() in threads and len(threads) > 1  # the first of a shape, the others
+  with pytest.raises(FloatingPointError):
+    list(results(function, (np.full(2, i) for i in range(98, 102))))

@@ -339,7 +339,13 @@ def test_a_score_does_not_depend_on_the_other_documents(workdir):
 def test_batches_hold_every_piece_once_and_have_few_shapes():
   tokenizer, texts = load_tokenizer("bytes"), ["a" * n for n in range(1, 200)]
   batches = list(rating.make_rows(texts, tokenizer, 33))
-  assert {x.batch.tokens.shape for x in batches} == {(31, 33), (40, 25), (60, 17)}
+  assert {x.batch.tokens.shape for x in batches} == {
+    (31, 33),
+    (35, 29),
+    (40, 25),
+    (48, 21),
+    (60, 17),
+  }
   pieces = [
     (int(i), x.batch.tokens[row, :n].tolist())
     for x in batches
@@ -625,6 +631,50 @@ def test_shards_and_parts_that_lack_one_between_them_are_completed(job, tmp_path
   written.clear(), (end := None)
   assert contents(job(path, output=output)) == whole
   assert written == [f"part-0000{i}.jsonl" for i in (1, 3, 4)]
+
+
+def test_shards_are_bounded_in_bytes_and_do_not_depend_on_where_reading_starts(
+  tmp_path, monkeypatch
+):
+  lines = [{"text": "x" * n} for n in np.random.default_rng(0).integers(1, 400, 90).tolist()]
+  lines[30], lines[60] = {"text": "y" * 5000}, {"text": 1}
+  path = write_lines(tmp_path / "in.jsonl", lines)
+  monkeypatch.setattr(local, "SHARD_BYTES", 1000)
+  settings = curation.job.Config(rater="any", data=(path,), score_only=True, shard_records=8)
+  job = curation.job.Job(settings, None, find_inputs((path,)), DataConfig((path,)), "jsonl")
+  shards = list(local.read(job, [], lambda number: True))
+  assert [x.value for shard in shards for x in shard.records] == lines
+  sizes = [[len(x.original) for x in shard.records] for shard in shards]
+  assert all(sum(size) <= 1000 or len(size) == 1 for size in sizes)
+  fits = lambda size, more: sum(size) + more[0] <= 1000 and len(size) < 8
+  assert not any(map(fits, sizes, sizes[1:]))  # none could have been larger
+  assert max(map(len, sizes)) == 8 and min(map(len, sizes)) == 1
+  documents = np.cumsum([len(shard.usable) for shard in shards])
+  assert [shard.documents for shard in shards] == documents.tolist()
+  done = [local.Scored(None, None, local.describe(job, shard)) for shard in shards]
+  for start in range(len(shards)):
+    assert list(map(str, local.read(job, done[:start], lambda number: True))) == list(
+      map(str, shards[start:])
+    )
+
+
+def test_shards_of_few_bytes_resume_to_the_same_bytes(job, tmp_path, monkeypatch):
+  monkeypatch.setattr(local, "SHARD_BYTES", 2000)
+  path = write_lines(tmp_path / "in.jsonl", [{"text": t} for t in make_texts(64)])
+  whole = job(path, output=tmp_path / "whole", shard_records=100)
+  assert len(list(whole.glob("part-*"))) > 4
+  score_rows, calls, output = rating.score_rows, iter(range(99)), tmp_path / "stopped"
+
+  def interrupted(*arguments):
+    if next(calls) == 2:
+      raise Crash
+    return score_rows(*arguments)
+
+  monkeypatch.setattr(rating, "score_rows", interrupted)
+  with pytest.raises(Crash):
+    job(path, output=output, shard_records=100)
+  job(path, output=output, shard_records=100)
+  assert contents(output) == contents(whole)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 12])
