@@ -115,8 +115,8 @@ def make_rows(texts: list[str], tokenizer: Tokenizer, sequence_length: int) -> I
   """Yields all pieces of the texts in batches, each as soon as it is full. Pieces of one length
   keep the order of the texts."""
   buckets = {length: [] for length in piece_lengths(sequence_length)}
-  for start in range(0, len(texts), 16):  # few at a time: their tokens take memory
-    for index, tokens in enumerate(tokenizer.encode(texts[start : start + 16]), start):
+  for start in range(0, len(texts), 8):  # few at a time: their tokens take memory
+    for index, tokens in enumerate(tokenizer.encode(texts[start : start + 8]), start):
       for piece in cut(tokens, sequence_length):
         length = next(length for length in buckets if len(piece) <= length)
         pieces, rows = buckets[length], batch_rows(length)
@@ -140,7 +140,7 @@ def piece_lengths(sequence_length: int) -> list[int]:
 def batch_rows(length: int) -> int:
   """Rows of a batch for the devices in use. On a CPU the activations of 1,024 tokens stay in the
   caches; larger batches take up to 1.5 times as long per token."""
-  tokens = 1024 if jax.default_backend() == "cpu" else 2**16
+  tokens = 1024 if jax.default_backend() == "cpu" else 2**15
   return max(1, tokens // length) * sharding.axis_size("data")
 
 

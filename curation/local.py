@@ -163,10 +163,10 @@ def prepared(
   the number of documents from the start of the input to the end of the round."""
   n, host = jax.process_count(), jax.process_index()
   wanted = lambda number: number not in done and (number - len(start)) % n == host
-  shards = read(job, start, wanted)
-  while turn := list(itertools.islice(shards, n)):
-    own = [(shard.number, *prepare(job, shard)) for shard in turn if shard.records]
-    yield own, turn[-1].documents
+  own = lambda shard: [(shard.number, *prepare(job, shard))] if shard.records else []
+  shards = map(lambda shard: (own(shard), shard.documents), read(job, start, wanted))
+  while turn := list(itertools.islice(shards, n)):  # without the records, which are freed
+    yield [shard for own, _ in turn for shard in own], turn[-1][1]
 
 
 def read(job: Job, done: list[Scored], wanted: Callable[[int], bool]) -> Iterator[Shard]:
