@@ -30,7 +30,7 @@ from runtime.cli import check
 from runtime.files import UNFINISHED, write_atomically
 from runtime.workdir import StopSignal
 
-SHARD_BYTES = 2**23  # of its records; a larger record is a shard by itself. Bounds the memory
+SHARD_BYTES = 2**22  # of its records; a larger record is a shard by itself. Bounds the memory
 
 
 def curate(config: Config, output: Path) -> None:
