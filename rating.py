@@ -30,7 +30,7 @@ from config import Config, make_rater
 from corpus.batches import Split, cut
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from kernels import attention
-from runtime import cli, sharding
+from runtime import cli, cpu, sharding
 from runtime.cli import check
 from runtime.workdir import Checkpoints
 from transformer import Batch, parameter_count
@@ -194,7 +194,7 @@ def results(function: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[
   small to be shared. Elsewhere the device works through a queue, in one order on all devices.
   """
   alone = jax.default_backend() == "cpu" and jax.sharding.get_mesh().size <= 1
-  threads = alone and os.cpu_count() or 1
+  threads = cpu.cores() if alone else 1
   value = lambda batch: np.asarray(function(batch))
   pending, shapes = collections.deque(), set()
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:

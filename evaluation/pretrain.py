@@ -160,7 +160,7 @@ def mean_nll(model: transformer.LanguageModel, params: Any, rows: transformer.Ba
   """NLL in nats per token of rows [R, S], the mean over all counted tokens."""
   nll_R = score_sequences(sequence_nll(model, params), rows, np.arange(len(rows.tokens)))
   count_R = np.asarray(transformer.next_token_targets(rows)[1].sum(-1))
-  return float(np.average(nll_R, weights=count_R))
+  return float((nll_R * count_R).sum() / max(count_R.sum(), 1))
 
 
 def sequence_nll(model: transformer.LanguageModel, params: Any) -> Score:

@@ -6,6 +6,11 @@ import os
 import platform
 
 
+def cores() -> int:
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> None:
   """Stops glibc from returning XLA's temporary buffers to the kernel after every call (1.2-1.35x).
 
