@@ -153,7 +153,12 @@ def build(config: Config, vocab_size: int) -> Program:
   shape = transformer_config(config, config.model, vocab_size)
   model = transformer.language_model(shape, config.loss_backend, config.microbatches)
   algorithm = meta_step.Algorithm(
-    problem=meta_step.datarater_problem(model, rater, shape.remat != "none", config.microbatches),
+    problem=meta_step.datarater_problem(
+      model,
+      rater,
+      config.microbatches,
+      save_activations=config.mode == "mixed_save" and shape.remat == "none",
+    ),
     inner_optimizer=meta_step.inner_adamw(
       config.inner_learning_rate, config.inner_warmup, config.inner_weight_decay
     ),

@@ -229,16 +229,17 @@ def init(algorithm: Algorithm, key: Any, eta: Any, probe: Any) -> MetaState:
 
 
 def datarater_problem(
-  model: LanguageModel, rater: Rater, remat: bool = False, microbatches: int = 1
+  model: LanguageModel, rater: Rater, microbatches: int = 1, save_activations: bool = False
 ) -> Problem:
   """The paper's problem: metas are the softmax weights of the rater's scores; inner and outer loss
   are the next-token loss.
 
   Args:
-    remat: recompute the scores of an inner batch in the backward pass; for raters whose
-      activations of T batches do not fit in memory. Done for T > 8 in any case.
     microbatches: score each batch in this many microbatches, rematerialized in the backward pass.
       The language model's are set in `transformer.language_model`.
+    save_activations: keep the rater's activations of all T batches for the backward pass, one
+      program part per batch, as mode "mixed_save" does for the model; else a loop computes them
+      again, batch by batch.
   """
 
   def score(eta, batch: Batch):
@@ -249,9 +250,10 @@ def datarater_problem(
 
   def scores_TB(eta, batches: Batch):
     # Not as one batch of T * B: smaller activations stay in the caches of a CPU.
-    again = microbatches == 1 and (remat or len(batches.tokens) > 8)
+    if save_activations:
+      return jnp.stack([score(eta, Batch(*x)) for x in zip(*batches, strict=True)])
     each = lambda batch: score(eta, batch)
-    return jax.lax.map(jax.checkpoint(each) if again else each, batches)
+    return jax.lax.map(each if microbatches > 1 else jax.checkpoint(each), batches)
 
   def metas(eta, batches):
     scores = scores_TB(eta, batches)

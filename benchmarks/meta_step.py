@@ -119,9 +119,10 @@ def measure(
   mode: str,
 ) -> Measured:
   model = transformer.language_model(model_shape, s.loss_backend, s.microbatches)
-  rater, remat = datarater.rater(rater_shape), model_shape.remat != "none"
+  rater = datarater.rater(rater_shape)
+  save = mode == "mixed_save" and model_shape.remat == "none"
   algorithm = meta_step.Algorithm(
-    problem=meta_step.datarater_problem(model, rater, remat, s.microbatches),
+    problem=meta_step.datarater_problem(model, rater, s.microbatches, save),
     inner_optimizer=meta_step.inner_adamw(),
     meta_optimizer=meta_step.paper_meta_optimizer(),
     n_models=members,

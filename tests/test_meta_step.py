@@ -340,11 +340,12 @@ def test_many_meta_steps_in_one_call_are_single_calls_and_report_themselves():
   assert_close(metrics["score_autocorrelation"], expected, 1e-5)
 
 
-@pytest.mark.parametrize("remat", [True, False])
-def test_datarater_problem_starts_from_uniform_weights(remat):
+@pytest.mark.parametrize("save", [True, False])
+def test_datarater_problem_starts_from_uniform_weights(save):
   config = transformer.TransformerConfig(11, 8, 1, 1, 8, 8)
   rater = datarater.rater(config)
-  problem = meta_step.datarater_problem(transformer.language_model(config), rater, remat)
+  model = transformer.language_model(config)
+  problem = meta_step.datarater_problem(model, rater, save_activations=save)
   tokens = jnp.asarray(np.random.default_rng(0).integers(11, size=(T, B, 6)), jnp.int32)
   batches = transformer.Batch(tokens, jnp.ones_like(tokens))
   metas, eta = jax.jit(problem.metas), jax.jit(rater.init)(jax.random.key(0))

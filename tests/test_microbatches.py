@@ -29,7 +29,7 @@ def _problem(microbatches, remat=False, backend=None, dtype="float64"):
   )
   model = transformer.language_model(config, backend, microbatches)
   rater = datarater.rater(config)
-  return rater, model, meta_step.datarater_problem(model, rater, remat, microbatches)
+  return rater, model, meta_step.datarater_problem(model, rater, microbatches, not remat)
 
 
 def _batches(*shape):
@@ -112,7 +112,7 @@ def test_compiled_memory_falls(quick_compile, mode):
     )
     rater = datarater.rater(config)
     model = transformer.language_model(config, None, microbatches)
-    problem = meta_step.datarater_problem(model, rater, True, microbatches)
+    problem = meta_step.datarater_problem(model, rater, microbatches)
     optimizer = meta_step.inner_adamw()
     algorithm = meta_step.Algorithm(problem, optimizer, optax.sgd(1.0), 1, lifetime=T, mode=mode)
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -25,7 +25,7 @@ def main(model: str = "150m", rater: str = "50m", remat: str = "block") -> None:
   net = datarater.rater(rater)
   language_model = transformer.language_model(model, "pallas_gpu")
   algorithm = meta_step.Algorithm(
-    problem=meta_step.datarater_problem(language_model, net, remat != "none"),
+    problem=meta_step.datarater_problem(language_model, net),
     inner_optimizer=meta_step.inner_adamw(),
     meta_optimizer=meta_step.paper_meta_optimizer(),
     n_models=1,
