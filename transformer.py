@@ -122,7 +122,8 @@ class Block(hk.Module):
     c = self.config
     shrink = (2 * c.n_layers) ** -0.5  # the residual stream keeps unit scale at any depth
     qkv = linear(rms_norm(x_BSD, "attention_norm"), 3 * c.n_heads * c.head_dim, "qkv")
-    q, k, v = jnp.moveaxis(qkv.reshape(*x_BSD.shape[:2], 3, c.n_heads, c.head_dim), 2, 0)
+    heads = (*x_BSD.shape[:2], c.n_heads, c.head_dim)
+    q, k, v = (x.reshape(heads) for x in jnp.split(qkv, 3, -1))
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
     mixed_BSHK = attention(q, k, v, segments_BS, c, self.causal)
     mixed = mixed_BSHK.reshape(*x_BSD.shape[:2], c.n_heads * c.head_dim)

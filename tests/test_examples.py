@@ -56,6 +56,16 @@ def test_learned_rates_are_as_good_as_the_best_of_a_sweep(
   assert learned[0] < best[0]
 
 
+def test_a_schedule_learned_over_the_whole_run_beats_one_of_short_windows(
+  tmp_path, capsys, quick_compile, monkeypatch
+):
+  for name, value in dict(T=80, N=2, JUDGED=4, SWEEP=(0.03, 0.1)).items():
+    monkeypatch.setattr(f"examples.learned_schedule.{name}", value)
+  losses = _run("learned_schedule", tmp_path, capsys, seed=100, seeds=1, meta_steps=40)
+  assert losses["whole run"][0] < losses["windows"][0]
+  assert losses["whole run"][0] < 1.3 * losses["cosine"][0]
+
+
 def test_learned_initialization_adapts_where_one_of_the_mixture_does_not(
   tmp_path, capsys, quick_compile
 ):

@@ -540,6 +540,27 @@ def test_plans_have_t_steps_and_save_a_root_of_t(replay):
   assert mixflow.plan(999, "mixed_save", replay) == (1, (998,), 1)
 
 
+@pytest.mark.parametrize("replay", [0, 1, 2])
+@pytest.mark.parametrize("T", [8, 100, 1000])
+def test_compiled_memory_is_what_the_plan_saves(T, replay):
+  """In copies of the parameters, a matrix that dwarfs its activations."""
+  W, optimizer = 512, optax.adam(1e-3, eps_root=1e-8)
+  loss = lambda w_WW, weight, x_W: (weight * jnp.sum(jnp.tanh(x_W @ w_WW) ** 2), None)
+
+  def gradient(w_WW, weights_T, x_TW):
+    def outer(weights_T):
+      state = inner_loop.init(optimizer, w_WW)
+      end, _ = window(loss, optimizer, state, weights_T, x_TW, replay=replay)
+      return jnp.sum(end.params**2)
+
+    return jax.grad(outer)(weights_T)
+
+  x = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((W, W), (T,), (T, W))]
+  temp = jax.jit(gradient).lower(*x).compile().memory_analysis().temp_size_in_bytes / (4 * W * W)
+  saved = mixflow.plan(T, replay=replay).saved()
+  assert saved < temp < saved + 40
+
+
 @pytest.mark.parametrize("unroll", [inner_loop.unroll, window])
 def test_unknown_mode_is_named_with_the_known_ones(unroll):
   loss, params, metas, batches = _weighted_regression()
