@@ -27,7 +27,8 @@ import numpy as np
 import tqdm
 
 from config import Config, make_rater
-from corpus.batches import Split, cut
+from corpus.batches import Split
+from corpus.packing import cut
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from kernels import attention
 from runtime import cli, cpu, sharding

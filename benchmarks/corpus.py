@@ -23,8 +23,9 @@ import numpy as np
 import tokenizers
 
 from corpus import demo
-from corpus.batches import cut, load_corpus
+from corpus.batches import load_corpus
 from corpus.documents import DataConfig, read_documents, split_of
+from corpus.packing import cut
 from corpus.tokenizer import load_tokenizer
 from runtime import cli
 from runtime.cli import option

@@ -31,7 +31,7 @@ import rating
 import selection
 import transformer
 from corpus import demo
-from corpus.batches import cut
+from corpus.packing import cut
 from curation.local import ahead
 from evaluation import pretrain
 from runtime import cli, cpu

@@ -21,12 +21,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
 
-from corpus import demo
+from corpus import demo, packing
 from corpus.documents import (
   SPLITS,
   DataConfig,
@@ -40,10 +40,7 @@ from corpus.tokenizer import Tokenizer, load_tokenizer
 from runtime.cli import UserError
 from transformer import Batch
 
-MIN_REMAINDER = 16  # tokens; a shorter last piece of a longer document is dropped
 DEMO_NOISE_LEVELS = np.arange(1, 9) / 10
-MAX_SEGMENTS = 255  # of a row: they are uint8
-WINDOW = 512  # rows that first fit fills at once
 CHUNK = 2**19  # characters that are tokenized and packed at once
 FORMAT = 1  # of the cache; raise it when a file's content changes
 
@@ -181,9 +178,6 @@ def row_batches(
   return iter(grain.MapDataset.range(start_step, 2**62).map(batch).to_iter_dataset(options))
 
 
-_PIECE = np.dtype([("length", "<i4"), ("source", "<i4"), ("noise", "<f4")])
-
-
 def _row(config: DataConfig, tokenizer: Tokenizer) -> np.dtype:
   length = config.sequence_length
   token = "<u2" if tokenizer.vocab_size <= 2**16 else "<i4"
@@ -220,7 +214,8 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, folder: Path, progre
   report.tokens, report.sequences = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
   row = _row(config, tokenizer)
   waiting = {split: [] for split in SPLITS}  # (tokens_N, pieces_P) that are in no row yet
-  window = WINDOW * S if config.packing == "pack" else 0  # tokens
+  first_fit = config.packing == "pack"
+  window = packing.WINDOW * S if first_fit else 0  # tokens
   with contextlib.ExitStack() as stack:
     create = lambda name: stack.enter_context(open(folder / name, "wb"))
     files = {split: create(f"{split}.rows") for split in SPLITS}
@@ -238,13 +233,13 @@ def _build_corpus(config: DataConfig, tokenizer: Tokenizer, folder: Path, progre
         pairs = zip(chunk, encoded, strict=True)
         own = [(document, tokens) for (name, document), tokens in pairs if name == split]
         if own:
-          tokens_N, pieces_P = _pieces(own, sources, S, row)
+          tokens_N, pieces_P = packing.pieces(own, sources, S, row)
           waiting[split].append((tokens_N, pieces_P))
           report.dropped_tokens += sum(len(tokens) for _, tokens in own) - len(tokens_N)
         size = sum(len(tokens_N) for tokens_N, _ in waiting[split])
         if size > window or (size and not chunk):
           tokens_N, pieces_P = map(np.concatenate, zip(*waiting[split], strict=True))
-          rows_R, used = _pack(tokens_N, pieces_P, config, row, tokenizer.pad, not chunk)
+          rows_R, used = packing.pack(tokens_N, pieces_P, row, tokenizer.pad, first_fit, not chunk)
           rows_R.tofile(files[split])
           packed = int(pieces_P["length"][:used].sum())
           waiting[split] = [(tokens_N[packed:], pieces_P[used:])]
@@ -296,80 +291,3 @@ def _chunks(pairs: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, D
   if chunk:
     yield chunk
   yield []
-
-
-def cut(tokens: np.ndarray, length: int) -> list[np.ndarray]:
-  """Pieces of at most `length` tokens; a short last piece of a longer document is dropped."""
-  return [tokens[start : start + length] for start in range(0, _kept(len(tokens), length), length)]
-
-
-def _kept(count: Any, length: int) -> Any:
-  """How many of a document's `count` tokens, an int or an array, are in the pieces of `cut`."""
-  rest = count % length
-  return count - rest * ((count > length) & (rest < min(MIN_REMAINDER, length // 2)))
-
-
-def _pieces(
-  documents: list[tuple[Document, np.ndarray]], sources: dict[str, int], length: int, row: np.dtype
-) -> tuple[np.ndarray, np.ndarray]:
-  """The pieces that `cut` makes of documents: their tokens [N] in a row, and a _PIECE for each."""
-  kept_D = _kept(np.array([len(tokens) for _, tokens in documents]), length)
-  count_D = -(-kept_D // length)
-  pieces_P = np.zeros(count_D.sum(), _PIECE)
-  pieces_P["length"] = length
-  pieces_P["length"][np.cumsum(count_D) - 1] = kept_D - (count_D - 1) * length
-  pieces_P["source"] = np.repeat([sources[each.source] for each, _ in documents], count_D)
-  pieces_P["noise"] = np.repeat([each.noise for each, _ in documents], count_D)
-  parts = [tokens[:n] for (_, tokens), n in zip(documents, kept_D.tolist(), strict=True)]
-  return np.concatenate(parts, dtype=row["tokens"].base, casting="unsafe"), pieces_P
-
-
-def _pack(
-  tokens_N: np.ndarray, pieces_P: np.ndarray, config: DataConfig, row: np.dtype, pad: int, end: bool
-) -> tuple[np.ndarray, int]:
-  """Packs pieces into rows [R]; returns them, and how many of the pieces they hold.
-
-  Unless at the `end`, first fit leaves the last window out: later pieces may fit in its rows.
-  """
-  S, row_P = config.sequence_length, np.arange(len(pieces_P))
-  if config.packing == "pack":
-    row_P = _first_fit(pieces_P["length"].tolist(), S)
-    if not end:
-      row_P = row_P[row_P < row_P[-1] // WINDOW * WINDOW]
-    order_P = np.argsort(row_P, kind="stable")
-    ends_P = np.cumsum(pieces_P["length"], dtype=np.int64)
-    pieces_P, row_P, ends_P = pieces_P[order_P], row_P[order_P], ends_P[order_P]
-    starts_P = ends_P - pieces_P["length"]
-    places = zip(starts_P.tolist(), ends_P.tolist(), strict=True)
-    tokens_N = np.concatenate([tokens_N[start:end] for start, end in places])
-  length_P = pieces_P["length"]
-  first_R = np.flatnonzero(np.diff(row_P, prepend=-1))
-  longest_R = np.lexsort((-length_P, row_P))[first_R]
-  filled_R = np.add.reduceat(length_P, first_R, dtype=np.int32)
-  filled_RS = np.arange(S, dtype=np.int32) < filled_R[:, None]
-  segment_P = (np.arange(len(row_P)) - first_R[row_P] + 1).astype(np.uint8)
-  rows_R = np.zeros(len(first_R), row)
-  rows_R["tokens"] = pad
-  rows_R["tokens"][filled_RS] = tokens_N
-  rows_R["segments"][filled_RS] = np.repeat(segment_P, length_P)
-  rows_R["source"], rows_R["noise"] = pieces_P["source"][longest_R], pieces_P["noise"][longest_R]
-  return rows_R, len(pieces_P)
-
-
-def _first_fit(lengths: list[int], sequence_length: int) -> np.ndarray:
-  """The row of each piece: the first with room. If none of WINDOW has, the next WINDOW begin."""
-  rows, base = [], -WINDOW
-  free, count, start = [-1] * WINDOW + [sequence_length], [], [0] * (sequence_length + 1)
-  for length in lengths:
-    i = start[length]  # rows before it lack the room
-    while free[i] < length:
-      i += 1
-    if i == WINDOW:
-      i, base = 0, base + WINDOW
-      free, count = [sequence_length] * (WINDOW + 1), [0] * WINDOW
-      start = [0] * (sequence_length + 1)
-    start[length] = i
-    count[i] += 1
-    free[i] = free[i] - length if count[i] < MAX_SEGMENTS else 0
-    rows.append(base + i)
-  return np.array(rows)

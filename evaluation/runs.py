@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 import selection
-from corpus.batches import Corpus, cut, drawn_rows, load_corpus, row_batches
+from corpus.batches import Corpus, drawn_rows, load_corpus, row_batches
 from corpus.documents import Document, read_documents, split_of
+from corpus.packing import cut
 from corpus.tokenizer import Tokenizer
 from evaluation import multiple_choice, plan, pretrain
 from evaluation.plan import Config, Run, costs, language_model

@@ -26,7 +26,7 @@ import inner_loop
 import meta_step
 import transformer
 from corpus import demo
-from corpus.batches import cut
+from corpus.packing import cut
 from corpus.tokenizer import load_tokenizer
 from rating import pad_pieces
 from runtime import cli

@@ -400,7 +400,7 @@ def test_rows_are_those_of_plain_first_fit(tmp_path, monkeypatch, packing, S, wi
   blank = [{"text": ""}, {"text": " "}]
   path = _jsonl(tmp_path / "c.jsonl", [*blank, *records[:9], *blank, *records[9:]])
   config = _config(path, sequence_length=S, packing=packing, outer_fraction=0.0)
-  monkeypatch.setattr(batches, "WINDOW", window)
+  monkeypatch.setattr("corpus.packing.WINDOW", window)
   for chunk in (1, 3 * 512, 2**19):  # characters, a document counting as 512 of them at least
     monkeypatch.setattr(batches, "CHUNK", chunk)
     corpus = load_corpus(config, tmp_path / f"cache{chunk}", progress=False)
@@ -547,7 +547,7 @@ def test_interrupted_and_damaged_caches_are_not_used(corpus_file, tmp_path, monk
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(batches, "_pack", interrupted)
+    patch.setattr("corpus.packing.pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
       load_corpus(config, cache, progress=False)
   assert list(cache.iterdir()) == []

@@ -30,8 +30,8 @@ import config
 import curation.job
 import rating
 import selection
-from corpus.batches import cut
 from corpus.documents import DataConfig, find_inputs
+from corpus.packing import cut
 from corpus.tokenizer import load_tokenizer
 from curation import local, records
 from runtime.cli import UserError
