@@ -116,7 +116,7 @@ def window_gradient(
 
 class Saved(NamedTuple):
   start: Any  # the state before the first step
-  grads: Any  # g_t, with a leading axis
+  grads: tuple[Any, Any]  # g_0, and g_1, ... with a leading axis
   x: tuple[Any, Any]  # metas, batches [T]
 
 
@@ -134,6 +134,9 @@ def _segment(inner, truncated):
   return rule
 
 
+# The first step of a loop is written out: a loop from `start` would copy it.
+
+
 def _forward(inner, start, x):
   """((state, aux), Saved)."""
 
@@ -142,8 +145,10 @@ def _forward(inner, start, x):
     g, aux = jax.grad(inner.loss_fn, has_aux=True)(state.params, meta, batch)
     return inner.update(state, g, meta), (aux, g)
 
-  state, (aux, grads) = jax.lax.scan(step, start, x)
-  return (state, aux), Saved(start, grads, x)
+  x_0, later = _first_and_later(x)
+  state, (aux_0, g_0) = step(start, x_0)
+  state, (aux, grads) = jax.lax.scan(step, state, later)
+  return (state, _join(aux_0, aux)), Saved(start, (g_0, grads), x)
 
 
 def _backward(inner, saved, cotangent, truncated):
@@ -151,15 +156,11 @@ def _backward(inner, saved, cotangent, truncated):
 
   truncated: the state before them is a constant, so the first step needs no Hessian u."""
   step = lambda cotangent, x: _step_backward(inner, saved, cotangent, *x)
-  first = int(truncated)  # done by itself
-  x = (jnp.arange(_length(saved.x)), saved.grads, saved.x)
-  later = jax.tree.map(lambda x: x[first:], x)
-  cotangent, of_metas = jax.lax.scan(step, cotangent, later, reverse=True)
-  if truncated:
-    _, g, x_0 = jax.tree.map(lambda x: x[0], x)
-    cotangent, of_meta_0 = _step_backward(inner, saved, cotangent, 0, g, x_0, constant_theta=True)
-    of_metas = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), of_meta_0, of_metas)
-  return cotangent, of_metas
+  (g_0, grads), (x_0, later) = saved.grads, _first_and_later(saved.x)
+  ts = jnp.arange(1, _length(saved.x))
+  cotangent, of_metas = jax.lax.scan(step, cotangent, (ts, grads, later), reverse=True)
+  cotangent, of_meta_0 = _step_backward(inner, saved, cotangent, 0, g_0, x_0, truncated)
+  return cotangent, _join(of_meta_0, of_metas)
 
 
 def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
@@ -191,16 +192,18 @@ def _step_backward(inner, saved, cotangent, t, g, x, constant_theta=False):
 
 
 def _recompute(inner, saved, t):
-  """The state before step t, by Theta from the first one. t: an int, or traced and below T."""
+  """The state before step t, by Theta from the first one. t: an int, or traced and at least 1."""
+  if isinstance(t, int) and t == 0:
+    return saved.start
 
   def step(state, x):
     i, g, meta = x
     new = inner.update(state, g, meta)
     return jax.tree.map(partial(jnp.where, i < t), new, state), None
 
-  most = t if isinstance(t, int) else _length(saved.x) - 1
-  x = (jnp.arange(_length(saved.x)), saved.grads, saved.x[0])
-  return jax.lax.scan(step, saved.start, jax.tree.map(lambda x: x[:most], x))[0]
+  (g_0, grads), (meta_0, metas) = saved.grads, _first_and_later(saved.x[0])
+  state = inner.update(saved.start, g_0, meta_0)
+  return jax.lax.scan(step, state, (jnp.arange(1, 1 + _length(grads)), grads, metas))[0]
 
 
 def _hessian_vector_product(inner, params, meta, batch, u, hessian):
@@ -269,6 +272,14 @@ def _cotangent(tree, floating):
   floating = iter(floating)
   zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
   return jax.tree.map(lambda x: next(floating) if _is_floating(x) else zero(x), tree)
+
+
+def _first_and_later(tree):
+  return jax.tree.map(lambda x: x[0], tree), jax.tree.map(lambda x: x[1:], tree)
+
+
+def _join(first, later):
+  return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
 
 
 def _length(tree):

@@ -25,7 +25,7 @@ import optax
 import inner_loop
 from examples import common, digits
 
-T, W, B, K = 320, 10, 8, 17  # updates, of a window, images of a batch, knots
+T, W, B, K = 320, 10, 8, 9  # updates, of a window, images of a batch, knots
 SWEEP = tuple(float(f"{x:.2g}") for x in np.geomspace(0.003, 0.3, 9))
 START = 0.02  # the rate where both begin
 N, JUDGED = 4, 20  # trainings of a meta-step; trainings, for each schedule judged
@@ -36,7 +36,7 @@ class Config(common.Config):
   meta_steps: int = common.option(100, "updates of the schedule")
 
 
-momentum = optax.trace(0.9)
+momentum = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
 loss = lambda theta, log_rate, images: (digits.mean_loss(theta, images), None)
 
 
