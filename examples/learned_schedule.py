@@ -1,7 +1,8 @@
 """A learned schedule of the learning rate: the gradient of a whole run against that of windows.
 
 eta holds the logarithm of the rate at K knots, linear in between. A training of a classifier of
-digits has T = 320 updates of SGD with momentum. Two meta-gradients learn eta from them:
+digits has T = 320 updates of SGD with momentum and clipped gradients. Two meta-gradients learn eta
+from such trainings:
 
   whole run    d L_held_out(theta_T) / d eta, through all T updates (T > 64: `unroll` repeats steps
                in the backward pass, so its memory grows as sqrt(T))
@@ -11,7 +12,11 @@ The second is biased to small rates (Wu et al. 2018, arXiv 1803.02021): in a few
 pays more than progress does. Rivals are the best constant rate and the best cosine of a sweep on
 the same held-out images. All train again and are judged on test images.
 
-  python -m examples.learned_schedule
+  python -m examples.learned_schedule     # 8 min on 2 cores
+
+Result, seeds 0 to 4: test loss 0.157 ± 0.030 with the schedule of the whole run's gradient, 0.244 ±
+0.022 with that of windows, 0.196 ± 0.023 with the best constant rate, 0.159 ± 0.032 with the best
+cosine. The whole run finds what the sweep of cosines finds; it does not beat it.
 """
 
 import dataclasses
