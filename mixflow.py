@@ -14,7 +14,6 @@ states between with Theta. A long loop saves less and repeats its steps chunk by
 floating-point leaves of a tree.
 """
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,10 +78,15 @@ def plan(T: int, mode: str = "mixed", replay: int | None = None) -> Plan:
   first = (T - 1) % SEGMENT + 1
   plans = [Plan(first, ((T - first) // SEGMENT,), SEGMENT)]
   replay = int(T > LONG) if replay is None else replay
-  for first, length in itertools.product(range(1, min(T, 4 * SEGMENT + 1)), range(1, SEGMENT + 1)):
-    count, odd = divmod(T - first, length)
-    plans += [Plan(first, loops, length) for loops in _factors(count, replay + 1) if not odd]
-  return min(plans, key=Plan.saved) if replay else plans[0]
+  if replay:
+    plans += [
+      Plan(first, loops, length)
+      for first in range(1, min(T, 4 * SEGMENT + 1))
+      for length in range(1, SEGMENT + 1)
+      if (T - first) % length == 0
+      for loops in _factors((T - first) // length, replay + 1)
+    ]
+  return min(plans, key=Plan.saved)
 
 
 def _factors(n: int, parts: int) -> list[tuple[int, ...]]:

@@ -10,7 +10,6 @@ beside its arguments, and the time. Times of one T are measured in turn.
 """
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import inner_loop
 import meta_step
 import mixflow
 import transformer
+from benchmarks.loss import timed
 from planner import targets
 from runtime import cli, cpu
 from runtime.cli import option
@@ -39,11 +39,11 @@ def main() -> None:
   cpu.keep_freed_memory()
   if s.target:
     jax.config.update("jax_platforms", "cpu")
-  S, vocab, options = (2048, 32_000, dict(dtype="bfloat16")) if s.target else (16, 258, {})
-  backend = "xla"
-  if s.target:
+    S, vocab, dtype = 2048, 32_000, "bfloat16"
     backend = "pallas_tpu" if targets.chip(s.target).platform == "tpu" else "pallas_gpu"
-  shape = transformer.preset(s.model, vocab, attention_backend=backend, **options)
+  else:
+    S, vocab, dtype, backend = 16, 258, "float32", "xla"
+  shape = transformer.preset(s.model, vocab, attention_backend=backend, dtype=dtype)
   model = transformer.language_model(shape, backend)
   optimizer = meta_step.inner_adamw()
 
@@ -77,21 +77,19 @@ def main() -> None:
       else:
         compiled = jax.jit(run).lower(*x).compile()
       programs[replay] = compiled, x
-    seconds = {replay: timed(*program, s.repeats) for replay, program in programs.items()}
+    seconds = {k: fastest(*program, s.repeats) for k, program in programs.items() if s.repeats}
     for replay, (compiled, _) in programs.items():
       temp, plan = compiled.memory_analysis().temp_size_in_bytes, mixflow.plan(T, replay=replay)
       print(
         f"{T:6}{replay:8}{plan.saved():8}{temp / size:10.1f}{temp / 1e9:14.3f}"
-        f"{seconds[replay] or '':>8.3}  {plan.first} + {' x '.join(map(str, plan.loops))}"
+        f"{seconds.get(replay, ''):>8.3}  {plan.first} + {' x '.join(map(str, plan.loops))}"
         f" x {plan.length}",
         flush=True,
       )
 
 
-def timed(compiled, shapes, repeats: int) -> float | None:
-  """The fastest of the repeats, on random tokens."""
-  if not repeats:
-    return None
+def fastest(compiled, shapes, repeats: int) -> float:
+  """Seconds, on random numbers."""
   key = jax.random.key(0)
   draw = {
     "int32": lambda x: jax.random.randint(key, x.shape, 1, 2),
@@ -99,12 +97,7 @@ def timed(compiled, shapes, repeats: int) -> float | None:
     "float32": lambda x: jax.random.normal(key, x.shape) / 50,
   }
   x = jax.tree.map(lambda x: draw[str(x.dtype)](x), shapes)
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*x))
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
+  return timed(lambda: jax.block_until_ready(compiled(*x)), repeats)[0]
 
 
 if __name__ == "__main__":

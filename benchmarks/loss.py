@@ -133,17 +133,18 @@ def seconds(compiled, shapes, V, repeats):
     else jax.random.normal(jax.random.fold_in(key, i), s.shape, s.dtype) / s.shape[-1] ** 0.5
     for i, s in enumerate(shapes)
   ]
-  return _timed(lambda: jax.block_until_ready(compiled(*arrays)), repeats)
+  return timed(lambda: jax.block_until_ready(compiled(*arrays)), repeats)
 
 
 def matmul_rate(dtype, n) -> float:
   """FLOPs per second of an [n, n] x [n, n] product."""
   a = jax.random.normal(jax.random.key(0), (n, n), dtype)
   product = jax.jit(lambda a: a @ a)
-  return 2 * n**3 / _timed(lambda: jax.block_until_ready(product(a)), 9)[0]
+  return 2 * n**3 / timed(lambda: jax.block_until_ready(product(a)), 9)[0]
 
 
-def _timed(run, repeats):
+def timed(run, repeats):
+  """(minimum, median) seconds of `repeats` calls, after one that is not timed."""
   run()
   times = []
   for _ in range(repeats):

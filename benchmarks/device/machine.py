@@ -5,11 +5,12 @@ python -m benchmarks.device.machine [--dry]
 
 import importlib.metadata
 import sys
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from benchmarks.loss import timed
 
 PACKAGES = (
   "jax jaxlib jax-cuda13-plugin dm-haiku optax orbax-checkpoint chex grain numpy torch triton "
@@ -45,13 +46,7 @@ def random(seed: int, *shape: int) -> jax.Array:
 def fastest(function: Callable, *arrays: jax.Array, repeats: int = 7) -> float:
   """Seconds of the fastest of some compiled calls."""
   run = jax.jit(function).lower(*arrays).compile()
-  jax.block_until_ready(run(*arrays))
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(run(*arrays))
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
+  return timed(lambda: jax.block_until_ready(run(*arrays)), repeats)[0]
 
 
 if __name__ == "__main__":
