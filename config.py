@@ -27,8 +27,12 @@ class Config(DataConfig):
   )
   rater: str = option("tiny", "size of the rater eta", choices=transformer.PRESETS)
   dtype: str = option("float32", "of activations and matmul inputs", choices=DTYPES)
-  loss_backend: str = option("xla", "kernels of the fused loss", choices=BACKENDS)
-  attention_backend: str = option("xla", "kernels of attention", choices=transformer.ATTENTION)
+  loss_backend: str | None = option(
+    None, "kernels of the fused loss; default: the fastest for device and shape", choices=BACKENDS
+  )
+  attention_backend: str | None = option(
+    None, "kernels of attention; default: the fastest for the device", choices=transformer.ATTENTION
+  )
 
   meta_steps: int = option(80, "K, updates of the rater", at_least=1, section="Algorithm 1")
   n_models: int = option(4, "N_models, inner models", at_least=1)
@@ -85,10 +89,16 @@ class Config(DataConfig):
     for name in ("loss_backend", "attention_backend"):
       value = getattr(self, name)
       check(
-        self.mode != "reverse" or not value.startswith("pallas"),
+        self.mode != "reverse" or not (value or "").startswith("pallas"),
         f"--{name}={value} cannot be differentiated twice in reverse, as --mode=reverse asks: "
         f"use --{name}=xla",
       )
+
+  @property
+  def backends(self) -> tuple[str | None, str | None]:
+    """Of loss and attention; None: the fastest. In reverse mode twice Pallas kernels fail."""
+    default = "xla" if self.mode == "reverse" else None
+    return self.loss_backend or default, self.attention_backend or default
 
   @property
   def drawn_members(self) -> int:
@@ -151,7 +161,7 @@ class Program(NamedTuple):
 def build(config: Config, vocab_size: int) -> Program:
   rater = make_rater(config, vocab_size)
   shape = transformer_config(config, config.model, vocab_size)
-  model = transformer.language_model(shape, config.loss_backend, config.microbatches)
+  model = transformer.language_model(shape, config.backends[0], config.microbatches)
   algorithm = meta_step.Algorithm(
     problem=meta_step.datarater_problem(
       model,
@@ -178,7 +188,7 @@ def make_rater(config: Config, vocab_size: int) -> datarater.Rater:
 
 
 def transformer_config(config: Config, size: str, vocab_size: int) -> transformer.TransformerConfig:
-  options = {"dtype": config.dtype, "attention_backend": config.attention_backend}
+  options = {"dtype": config.dtype, "attention_backend": config.backends[1]}
   options |= {"remat": config.remat} if config.remat else {}
   return transformer.preset(size, vocab_size, **options)
 

@@ -26,6 +26,7 @@ import config as settings
 import meta_step
 from config import Config
 from corpus.batches import Split, batch_iterator, load_corpus
+from kernels import attention, loss
 from rating import score_texts
 from runtime import cli, cpu, hosts, programs, sharding
 from runtime.cli import check, option
@@ -80,7 +81,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
   start, per_call = int(state.step), config.steps_per_call
   metrics_file = Metrics(workdir / "metrics.jsonl" if hosts.is_leader() else None, start)
   hosts.say(corpus.summary())
-  hosts.say(describe(config, state, mesh))
+  hosts.say(describe(config, state, mesh, corpus.tokenizer.vocab_size))
   if start:
     hosts.say(f"resuming after meta-step {start} of {config.meta_steps}")
 
@@ -183,15 +184,19 @@ def write_metrics(file: Metrics, last_step: int, metrics: dict[str, Any], bar: t
   )
 
 
-def describe(config: Config, state: meta_step.MetaState, mesh: jax.sharding.Mesh) -> str:
-  device = jax.devices()[0]
+def describe(
+  config: Config, state: meta_step.MetaState, mesh: jax.sharding.Mesh, vocab_size: int
+) -> str:
+  device, (of_loss, of_attention) = jax.devices()[0], config.backends
+  of_loss = of_loss or loss.fastest(vocab_size, config.dtype)
+  of_attention = of_attention or attention.fastest(config.dtype)
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   spread = f" ({axes}; {jax.process_count()} hosts)" if mesh.size > 1 else ""
   inner = parameter_count(state.members.inner.params) // config.n_models
   tokens = config.inner_steps * config.inner_batch * config.sequence_length
   return (
     f"device {device.platform} ({device.device_kind}) x {mesh.size}{spread}, {config.dtype}, "
-    f"loss {config.loss_backend}, attention {config.attention_backend}, mode {config.mode}\n"
+    f"loss {of_loss}, attention {of_attention}, mode {config.mode}\n"
     f"rater {config.rater}: {parameter_count(state.eta):,} parameters; inner models "
     f"{config.n_models} x {config.model}: {inner:,} each; {tokens:,} inner tokens per member and "
     f"meta-step"

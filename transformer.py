@@ -43,7 +43,7 @@ class TransformerConfig:
   dtype: str = "float32"  # of activations and matmul inputs; parameters and reductions are float32
   remat: str = "none"  # what a block recomputes in the backward pass: a name in REMAT
   scan_layers: bool = False  # one compiled block for all layers; unrolling is faster for few layers
-  attention_backend: str = "xla"  # a name in ATTENTION
+  attention_backend: str | None = None  # a name in ATTENTION; None: the fastest on the device
   query_block: int = 256  # queries per block in the xla backend
 
 
@@ -138,11 +138,12 @@ ATTENTION = ("xla", *attention_kernels.BACKENDS)
 def attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, config: TransformerConfig, causal: bool):
   """softmax(q k^T / sqrt(K)) v within each document: [B, S, H, K]."""
   q_BSHK = q_BSHK * q_BSHK.shape[-1] ** -0.5
-  if config.attention_backend == "xla":
+  backend = config.attention_backend or attention_kernels.fastest(q_BSHK.dtype)
+  if backend == "xla":
     return blockwise_attention(
       q_BSHK, k_BSHK, v_BSHK, segments_BS, causal=causal, query_block=config.query_block
     )
-  kernel = partial(attention_kernels.attention, causal=causal, backend=config.attention_backend)
+  kernel = partial(attention_kernels.attention, causal=causal, backend=backend)
   heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BSHK, v_BSHK)]
   return jnp.swapaxes(sharding.by_sequence(kernel)(*heads_first, segments_BS), 1, 2)
 

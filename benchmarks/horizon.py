@@ -3,6 +3,7 @@
   python -m benchmarks.horizon                        # CPU: compiled memory of a small model, time
   python -m benchmarks.horizon --T=8,100 --repeats=3
   python -m benchmarks.horizon --target=h100 --model=150m --T=8,100,1000    # compile only
+  python -m benchmarks.horizon --model=150m --T=8,100 --repeats=2           # on a GPU
 
 Differentiates the outer loss with respect to a weight per step and sequence. Prints, per T and
 number of replays: what the plan saves in copies of the parameters, what the compiled program takes
@@ -39,10 +40,12 @@ def main() -> None:
   cpu.keep_freed_memory()
   if s.target:
     jax.config.update("jax_platforms", "cpu")
-    S, vocab, dtype = 2048, 32_000, "bfloat16"
-    backend = "pallas_tpu" if targets.chip(s.target).platform == "tpu" else "pallas_gpu"
-  else:
+  platform = targets.chip(s.target).platform if s.target else jax.default_backend()
+  if platform == "cpu":
     S, vocab, dtype, backend = 16, 258, "float32", "xla"
+  else:
+    S, vocab, dtype = 2048, 32_000, "bfloat16"
+    backend = "pallas_tpu" if platform == "tpu" else "pallas_gpu"
   shape = transformer.preset(s.model, vocab, attention_backend=backend, dtype=dtype)
   model = transformer.language_model(shape, backend)
   optimizer = meta_step.inner_adamw()
@@ -89,7 +92,7 @@ def main() -> None:
 
 
 def fastest(compiled, shapes, repeats: int) -> float:
-  """Seconds, on random numbers."""
+  """Seconds, on random numbers; nan where it does not fit in memory."""
   key = jax.random.key(0)
   draw = {
     "int32": lambda x: jax.random.randint(key, x.shape, 1, 2),
@@ -97,7 +100,12 @@ def fastest(compiled, shapes, repeats: int) -> float:
     "float32": lambda x: jax.random.normal(key, x.shape) / 50,
   }
   x = jax.tree.map(lambda x: draw[str(x.dtype)](x), shapes)
-  return timed(lambda: jax.block_until_ready(compiled(*x)), repeats)[0]
+  try:
+    return timed(lambda: jax.block_until_ready(compiled(*x)), repeats)[0]
+  except jax.errors.JaxRuntimeError as error:  # does not fit: continue with the table
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return float("nan")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,12 @@ class Config:
   )
   learning_rate: float | None = option(None, "peak of the schedule; default by size", at_least=0)
   dtype: str = option("float32", "activations and matmul inputs", choices=DTYPES)
-  loss_backend: str = option("xla", "kernels of the fused loss", choices=BACKENDS)
-  attention_backend: str = option("xla", "kernels of attention", choices=ATTENTION)
+  loss_backend: str | None = option(
+    None, "kernels of the fused loss; default: the fastest for device and shape", choices=BACKENDS
+  )
+  attention_backend: str | None = option(
+    None, "kernels of attention; default: the fastest for the device", choices=ATTENTION
+  )
 
   evaluations: int = option(20, "points of a learning curve", at_least=1, section="Measurement")
   eval_sequences: int = option(256, "sequences of a set at most, evenly spaced", at_least=1)

@@ -42,6 +42,11 @@ def kind(backend: str) -> str | None:
   return jax.devices()[0].device_kind if jax.default_backend() == platform else None
 
 
+def is_hopper() -> bool:
+  """Whether kernels are compiled for an NVIDIA Hopper GPU (H100, H200)."""
+  return (kind("pallas_gpu") or "").startswith("NVIDIA H")
+
+
 def of_kind(table: dict[str, Any], kind: str) -> Any:
   """The entry of a table whose keys are prefixes of device kinds; the longest match."""
   return table[max((name for name in table if kind.startswith(name)), key=len)]

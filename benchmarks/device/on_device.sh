@@ -6,7 +6,7 @@
 #   STAGES="loss attention" BUDGET=200 bash benchmarks/device/on_device.sh
 #   DRY=1 OUT=/tmp/dry bash benchmarks/device/on_device.sh     # tiny sizes, on a CPU
 cd "$(dirname "$0")/../.." || exit 1
-STAGES=${STAGES:-"machine correct meta_step loss attention train large tests"}
+STAGES=${STAGES:-"machine correct meta_step loss attention train large choice horizon tests"}
 OUT=${OUT:-/tmp/out}
 export DRY=${DRY:-}
 BUDGET=${BUDGET:-$([ -z "$DRY" ] && echo 510 || echo 3600)} # seconds
@@ -101,6 +101,21 @@ train() { # train.py learns, stops and resumes
 large() { # the 400m model: does it fit, is the planner right
   probe 80 400m --remat=block --repeats=3 --loss_backend=pallas_gpu --attention_backend=pallas_gpu
 }
+choice() { # which backend is fastest at which shape
+  local sizes=1024x256x258,16384x768x8192,16384x1280x64000,16384x1280x128000
+  [ -z "$DRY" ] || sizes=64x64x512
+  module 100 choice loss --sizes=$sizes --repeats=3 --backends=pallas_gpu,xla
+  local shape
+  for shape in "--seq=128 --batch=32" "--seq=512 --batch=16" "--seq=8192 --batch=2"; do
+    [ -z "$DRY" ] || shape="--seq=32 --batch=1"
+    module 60 choice attention --backends=pallas_gpu,xla --heads=12x64 --repeats=3 $shape
+  done
+}
+horizon() { # the gradient of a run of 100 steps: what replaying costs
+  local size="--model=150m --batch=2 --T=100"
+  [ -z "$DRY" ] || size="--T=4"
+  module 270 horizon horizon $size --repeats=1
+}
 tests() { # the kernels' unit tests; eight processes share the GPU, so none preallocates
   local how="-n 8"
   [ -z "$DRY" ] || how=--collect-only
@@ -114,6 +129,6 @@ for stage in $STAGES; do
   "$stage"
 done
 echo "== digest"
-figures="^(RESULT|CHECK|CEILING|PEER|T=|[0-9]+x[0-9x]+ |[NH] x)|, jax [0-9]| (passed|failed)"
+figures="^(RESULT|CHECK|CEILING|PEER|T=|[0-9]+x[0-9x]+ |[NH] x| +[0-9]+ +[0-9] )|, jax [0-9]| (passed|failed)"
 grep -hE "$figures" "$OUT"/*.log | tee -a "$OUT/digest.txt"
 exit 0

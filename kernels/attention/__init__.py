@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from kernels import device
 
 BACKENDS = ("pallas_tpu", "pallas_gpu")
+DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def attention(q_BHSK, k_BHSK, v_BHSK, segments_BS, *, causal: bool, backend: str) -> jax.Array:
@@ -43,13 +44,18 @@ def attention(q_BHSK, k_BHSK, v_BHSK, segments_BS, *, causal: bool, backend: str
   if backend not in BACKENDS:
     raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
   dtype = q_BHSK.dtype
-  if dtype not in (jnp.float32, jnp.bfloat16):
+  if dtype not in DTYPES:
     raise ValueError(f"queries are {dtype}: {backend} takes float32 and bfloat16")
   from kernels.attention import operations  # with Pallas, which takes long to import
 
   return operations.attention(q_BHSK, k_BHSK, v_BHSK, segments_BS, causal, backend)
 
 
-def runs_here(backend: str) -> bool:
-  """Whether this machine runs it compiled; "xla" runs anywhere."""
-  return backend == "xla" or device.kind(backend) is not None
+def fastest(dtype) -> str:
+  """The backend that was measured to be fastest on the device here, see benchmarks/README.md."""
+  return "pallas_gpu" if device.is_hopper() and jnp.dtype(dtype) in DTYPES else "xla"
+
+
+def runs_here(backend: str | None) -> bool:
+  """Whether this machine runs it compiled; "xla" and None, the fastest, run anywhere."""
+  return backend in (None, "xla") or device.kind(backend) is not None

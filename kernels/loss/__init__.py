@@ -4,9 +4,10 @@
 
 `score_weighted_loss` is the one public function. Its backends agree:
   reference   dense float32, a few lines: the definition, for tests
-  xla         the default: a scan over chunks of tokens, no [N, V] array at any order
+  xla         a scan over chunks of tokens, no [N, V] array at any order
   pallas_tpu  Mosaic kernels; interpreted on a machine without a TPU
   pallas_gpu  Triton kernels and the library's matmuls; interpreted without an NVIDIA GPU
+`fastest` is the default.
 
 A gradient computes d_hidden and d_unembedding in its forward pass, where the weights are known.
 That pass is differentiable in forward mode, so `jax.jvp(jax.grad(loss))`, MixFlow-MG's
@@ -23,7 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from kernels import device
+
 BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+DTYPES = (jnp.float32, jnp.bfloat16)  # of the Pallas backends
 
 
 def score_weighted_loss(
@@ -48,24 +52,30 @@ def score_weighted_loss(
     unembedding: [V, D]; cast to hidden's dtype, matmuls accumulate in float32.
     targets: [N] integers in [0, V).
     weights: [N]; 0 for a masked token (its nll is still computed).
-    backend: a name in BACKENDS; None is "xla".
+    backend: a name in BACKENDS; None: `fastest`.
     vocab_axis: inside shard_map, the mesh axis that the vocabulary is sharded over: `unembedding`
       is then this shard's rows, in the order of the axis, and `targets` still count from 0 to V.
 
   Raises:
     ValueError: for shapes or dtypes that do not fit, or an unknown backend.
   """
-  name = backend or "xla"  # until a benchmark on hardware shows it slower
+  _check(hidden=hidden, unembedding=unembedding, targets=targets, weights=weights)
+  name = backend or fastest(len(unembedding), hidden.dtype)
   if name not in BACKENDS:
     raise ValueError(f"unknown loss backend {name!r}; choose one of {', '.join(BACKENDS)}")
-  _check(hidden=hidden, unembedding=unembedding, targets=targets, weights=weights)
   weights = weights.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-  if name.startswith("pallas") and hidden.dtype not in (jnp.float32, jnp.bfloat16):
+  if name.startswith("pallas") and hidden.dtype not in DTYPES:
     raise ValueError(
       f"hidden is {hidden.dtype}: {name} takes float32 and bfloat16, backend='xla' any float"
     )
   targets = targets.astype(jnp.int32)  # counts columns: a narrower type would wrap
   return _loss(name, vocab_axis, hidden, unembedding, targets, weights)
+
+
+def fastest(vocab_size: int, dtype) -> str:
+  """The backend that was measured to be fastest on the device here, see benchmarks/README.md."""
+  large = vocab_size >= 64_000  # equal there in time, with a third of the memory
+  return "pallas_gpu" if large and device.is_hopper() and jnp.dtype(dtype) in DTYPES else "xla"
 
 
 def _check(**arrays):
