@@ -181,12 +181,14 @@ def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, qu
 def linear(x, output_size: int, name: str, init_scale: float = 1.0):
   """x @ w, w [input, output] ~ N(0, init_scale^2 / input).
 
-  Activations are flattened to [tokens, input] first: the backward pass of a 3-D matmul takes twice
-  as long on CPUs.
+  For CPUs: activations are flattened to [tokens, input], as the backward pass of a 3-D matmul takes
+  twice as long, and the smaller side comes first in the parameter, for the matmul of its gradient.
   """
-  init = hk.initializers.RandomNormal(init_scale * x.shape[-1] ** -0.5)
-  w = hk.get_parameter(name, [x.shape[-1], output_size], init=init)
-  return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], output_size)
+  input_size = x.shape[-1]
+  init = hk.initializers.RandomNormal(init_scale * input_size**-0.5)
+  w = hk.get_parameter(name, sorted([input_size, output_size]), init=init).astype(x.dtype)
+  y = x.reshape(-1, input_size) @ (w.T if input_size > output_size else w)
+  return y.reshape(*x.shape[:-1], output_size)
 
 
 def rms_norm(x, name: str):

@@ -65,7 +65,7 @@ def states_by_hand(params, tokens, segments, causal):
         scores = [query @ rotated(k[t, h], places[t]) / np.sqrt(K) for t in seen]
         mixed[s, h * K : (h + 1) * K] = np.exp(scores) @ v[seen, h] / np.exp(scores).sum()
     x = x + mixed @ p["attention_out"]
-    x = x + np.stack([gelu(norm(row, p["mlp_norm"]) @ p["mlp_in"]) for row in x]) @ p["mlp_out"]
+    x = x + np.stack([gelu(norm(row, p["mlp_norm"]) @ p["mlp_in"]) for row in x]) @ p["mlp_out"].T
   return np.stack([norm(row, params["transformer"]["final_norm"]) for row in x])
 
 

@@ -120,7 +120,7 @@ tests() { # the kernels' unit tests; eight processes share the GPU, so none prea
   local how="-n 8"
   [ -z "$DRY" ] || how=--collect-only
   JAX_DEFAULT_MATMUL_PRECISION=float32 XLA_PYTHON_CLIENT_PREALLOCATE=false \
-    step 75 tests "$PY" -m pytest -q --maxfail=20 -p no:cacheprovider $how tests/kernels \
+    step 75 tests "$PY" -m pytest --maxfail=20 -p no:cacheprovider $how tests/kernels \
     -k "pallas_gpu and not any_shape and not reverse_over"
 }
 
