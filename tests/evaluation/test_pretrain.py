@@ -1,14 +1,16 @@
 """A language model trained from scratch: what is measured, the schedule, resume."""
 
+import dataclasses
 import json
 import os
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chex import assert_trees_all_equal
+from chex import assert_trees_all_close, assert_trees_all_equal
 
 import transformer
 from evaluation import pretrain
@@ -54,6 +56,24 @@ def test_mean_nll_weighs_every_token_the_same(x64):
   assert count == 6 + 3 + 6 + 6 + (2 + 3)
   actual = pretrain.mean_nll(MODEL, params, Batch(tokens, segments))
   np.testing.assert_allclose(actual, total / count, rtol=1e-6)
+
+
+def test_microbatches_change_nothing(x64, monkeypatch):
+  model = transformer.language_model(dataclasses.replace(CONFIG, dtype="float64"))
+  batches = next(batches_from(0))
+  parts = Batch(batches.tokens[:3], batches.segments[:3])
+  init, states = fresh(model), []
+  for rows in (4, 1):
+    monkeypatch.setattr(pretrain, "batch_rows", lambda S, rows=rows: rows)
+    steps = partial(pretrain.train_steps.__wrapped__, model, RECIPE)
+    assert ("length=4" in str(jax.make_jaxpr(steps)(init, parts))) == (rows == 1)
+    states.append(jax.jit(steps)(init, parts))
+  assert_trees_all_close(*states, rtol=1e-9)
+
+
+def fresh(model):
+  wide = lambda x: x.astype("float64") if jnp.issubdtype(x.dtype, jnp.floating) else x
+  return jax.tree.map(wide, pretrain.init(model, RECIPE, seed=0))
 
 
 def test_it_learns_and_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
