@@ -46,7 +46,7 @@ class Config(DataConfig):
   mode: str = option(
     "mixed_save",
     "how the meta-gradient is computed: mixed saves memory, mixed_save is fast on CPUs, reverse is "
-    "plain autodiff, first_order ablates",
+    "plain autodiff, first_order drops the Hessian",
     choices=inner_loop.MODES,
   )
   remat: str | None = option(
@@ -96,7 +96,7 @@ class Config(DataConfig):
 
   @property
   def backends(self) -> tuple[str | None, str | None]:
-    """Of loss and attention; None: the fastest. In reverse mode twice Pallas kernels fail."""
+    """Of (loss, attention); None: the fastest. Pallas has no reverse mode over reverse mode."""
     default = "xla" if self.mode == "reverse" else None
     return self.loss_backend or default, self.attention_backend or default
 

@@ -68,7 +68,7 @@ def unroll(
   `aux` (leading axis T) get no gradient.
 
   Raises:
-    ValueError: an unknown mode.
+    ValueError: an unknown mode, or leading axes of `metas` and `batches` that differ.
   """
   if mode not in MODES:
     raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
@@ -108,7 +108,7 @@ def window_gradient(
 
   Returns (value, d value / d metas, the state after T updates, aux).
   """
-  if mode in mixflow.MODES and mixflow.fits_one_segment(mode, batches):  # of at most 8 steps
+  if mode in mixflow.MODES and mixflow.fits_one_segment(mode, metas, batches):  # of at most 8 steps
     inner = mixflow.Inner(loss_fn, partial(update, optimizer), mode)
     return mixflow.window_gradient(inner, outer_loss, state, metas, batches)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SEGMENT = 8  # steps between two saved states, at most
+STATE = 3  # copies of the parameters in an optimizer state, theta included: Adam's
 LONG = 64  # steps; a longer loop keeps no g_t until its backward pass
 MODES = ("mixed", "mixed_save", "first_order")  # `inner_loop.unroll` explains them
 
@@ -42,18 +43,19 @@ class Plan(NamedTuple):
   loops: tuple[int, ...]  # one in the other; the innermost is over segments
   length: int  # steps of a segment
 
-  def saved(self, state: int = 3) -> int:
-    """Peak of what is saved, in copies of the parameters; an optimizer state is `state` of them,
-    theta included: the states between the iterations of each loop, and all g_t of the innermost."""
+  def saved(self) -> int:
+    """Peak of what is saved, in copies of the parameters: the states between the iterations of each
+    loop, and all g_t of the innermost."""
     *outer, segments = self.loops
-    return self.first + state * sum(outer) + (state + self.length) * segments
+    return self.first + STATE * sum(outer) + (STATE + self.length) * segments
 
 
 def unroll(
   inner: Inner, state: Any, metas: Any, batches: Any, truncated: bool, replay: int | None
 ) -> tuple[Any, Any]:
   """T inner steps in segments, each with a mixed-mode derivative; see `inner_loop.unroll`."""
-  x, p = (metas, batches), plan(_length(batches), inner.mode, replay)
+  x = metas, batches
+  p = plan(_length(x), inner.mode, replay)
   saving = inner.mode == "mixed_save"
   segment = partial(_saving_step if saving else _segment, inner)
   state, aux = segment(truncated)(state, jax.tree.map(lambda x: x[: p.first], x))
@@ -97,8 +99,8 @@ def _factors(n: int, parts: int) -> list[tuple[int, ...]]:
   return [(i, *rest) for i in divisors for rest in _factors(n // i, parts - 1)]
 
 
-def fits_one_segment(mode: str, batches: Any) -> bool:
-  return mode != "mixed_save" and _length(batches) <= SEGMENT
+def fits_one_segment(mode: str, metas: Any, batches: Any) -> bool:
+  return mode != "mixed_save" and _length((metas, batches)) <= SEGMENT
 
 
 def window_gradient(
@@ -286,5 +288,9 @@ def _join(first, later):
   return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
 
 
-def _length(tree):
-  return len(jax.tree.leaves(tree)[0])
+def _length(x):
+  """T, the leading axis of every array."""
+  lengths = sorted({len(a) for a in jax.tree.leaves(x)})
+  if len(lengths) != 1:
+    raise ValueError(f"metas and batches have leading axes of {lengths}: all must be T")
+  return lengths[0]

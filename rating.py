@@ -33,7 +33,7 @@ from corpus.tokenizer import Tokenizer, load_tokenizer
 from kernels import attention
 from runtime import cli, cpu, sharding
 from runtime.cli import check
-from runtime.workdir import Checkpoints
+from runtime.workdir import FORMAT, Checkpoints
 from transformer import Batch, parameter_count
 
 Score = Callable[[Batch], jax.Array]  # phi_eta: [B, S] -> [B] float32
@@ -67,10 +67,10 @@ def load_rater(workdir: str | os.PathLike) -> Callable[[Iterable[str]], np.ndarr
 
 
 def open_rater(workdir: str | os.PathLike) -> TrainedRater:
-  """The rater of a workdir's last checkpoint, on every device of the mesh; training may go on.
+  """The rater of a workdir's last checkpoint, on every device of the mesh; it may still train.
 
   Raises:
-    UserError: the folder holds no run, or no checkpoint yet.
+    UserError: the folder holds no run, one of an earlier version, or no checkpoint yet.
   """
   workdir, config = Path(workdir), rater_config(workdir)
   tokenizer = load_tokenizer(config.tokenizer)
@@ -91,7 +91,12 @@ def rater_config(workdir: str | os.PathLike) -> Config:
   """The settings of the run in a workdir."""
   path = Path(workdir) / "config.json"
   check(path.exists(), f"{workdir} holds no run of train.py: no config.json in it")
-  return cli.from_values(Config, json.loads(path.read_text())["config"])
+  saved = json.loads(path.read_text())
+  check(
+    saved.get("format") == FORMAT,
+    f"{workdir} holds a rater of an earlier version: train it again",
+  )
+  return cli.from_values(Config, saved["config"])
 
 
 def score_texts(

@@ -181,8 +181,8 @@ def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, qu
 def linear(x, output_size: int, name: str, init_scale: float = 1.0):
   """x @ w, w [input, output] ~ N(0, init_scale^2 / input).
 
-  For CPUs: activations are flattened to [tokens, input], as the backward pass of a 3-D matmul takes
-  twice as long, and the smaller side comes first in the parameter, for the matmul of its gradient.
+  The parameter is w or its transpose, the smaller side first: on CPUs its gradient is then faster.
+  x is flattened to [tokens, input], as the backward pass of a 3-D matmul takes twice as long there.
   """
   input_size = x.shape[-1]
   init = hk.initializers.RandomNormal(init_scale * input_size**-0.5)

@@ -4,7 +4,7 @@
   python -m benchmarks.attention --target=h100    # compile only, no device needed
   python -m benchmarks.attention --heads=10x128 --batch=8 --seq=4096 --backends=xla,pallas_gpu
 
-Orders: value; gradient by queries, keys and values; product = jax.jvp of that gradient (forward
+Orders: value; gradient by queries, keys and values; hvp = jax.jvp of that gradient (forward
 over reverse) without the gradient itself. `TFLOP` counts a backend's matmul FLOPs. `moved` are the
 bytes that the compiled module's operations read and write, assuming no cache. Pallas backends are
 not timed on a CPU, where they are interpreted.
@@ -48,7 +48,7 @@ def main():
         f"{'ms':>9}{'median':>9}{'TFLOP/s':>9}")  # fmt: skip
   for heads in (args.heads or "12x64,10x128").split(","):
     H, K = map(int, heads.split("x"))
-    for order in ("value", "gradient", "product"):
+    for order in ("value", "gradient", "hvp"):
       for backend in backends:
         row = f"{heads:10}{order:10}{backend:12}"
         if small and backend != "xla":
@@ -82,16 +82,16 @@ def orders(backend):
     total = lambda *qkv: jnp.sum(jnp.sin(value(segments, *qkv).astype(jnp.float32)))
     return jax.grad(total, (0, 1, 2))(*qkv)
 
-  def product(segments, *x):
+  def hvp(segments, *x):
     return jax.jvp(lambda *qkv: gradient(segments, *qkv), x[:3], x[3:])[1]
 
-  return {"value": value, "gradient": gradient, "product": product}
+  return {"value": value, "gradient": gradient, "hvp": hvp}
 
 
 def inputs(B, S, H, K, dtype, order):
   """The shapes of an order's arguments."""
   qkv = [jax.ShapeDtypeStruct((B, S, H, K), dtype)] * 3
-  return jax.ShapeDtypeStruct((B, S), jnp.int32), *qkv * (2 if order == "product" else 1)
+  return jax.ShapeDtypeStruct((B, S), jnp.int32), *qkv * (2 if order == "hvp" else 1)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def memory(settings: Settings) -> None:
           start = i * length % (len(text) - length)
           file.write(json.dumps({"id": i, "text": text[start : start + length]}) + "\n")
       command = [sys.executable, "curate.py", f"--rater={settings.rater}", f"--data={path}"]
-      process = subprocess.Popen([*command, f"--output={output}", "--score_only"], stderr=-3)
+      process = subprocess.Popen(
+        [*command, f"--output={output}", "--score_only"], stderr=subprocess.DEVNULL
+      )
       _, status, usage = os.wait4(process.pid, 0)
       cli.check(status == 0, f"curate.py failed with status {status}")
       size, peak = path.stat().st_size / 1e6, usage.ru_maxrss / 1e3

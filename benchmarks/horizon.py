@@ -75,10 +75,16 @@ def main() -> None:
       outer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
       x = state, jax.ShapeDtypeStruct((T, s.batch), "float32"), batch, outer
       run = lambda *x, replay=replay: gradient(*x, replay)
-      if s.target:
-        compiled, _ = targets.compile_for(s.target, run, *x)
-      else:
-        compiled = jax.jit(run).lower(*x).compile()
+      try:
+        if s.target:
+          compiled, _ = targets.compile_for(s.target, run, *x)
+        else:
+          compiled = jax.jit(run).lower(*x).compile()
+      except jax.errors.JaxRuntimeError as error:  # does not fit: continue with the table
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+        print(f"{T:6}{replay:8}  does not fit in memory", flush=True)
+        continue
       programs[replay] = compiled, x
     seconds = {k: fastest(*program, s.repeats) for k, program in programs.items() if s.repeats}
     for replay, (compiled, _) in programs.items():

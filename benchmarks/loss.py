@@ -4,7 +4,7 @@
   python -m benchmarks.loss --target=h100    # compile only, no device needed
   python -m benchmarks.loss --sizes=16384x1280x32000 --backends=xla,pallas_gpu
 
-Orders: value; gradient by hidden, unembedding and weights; product = jax.jvp of that gradient along
+Orders: value; gradient by hidden, unembedding and weights; hvp = jax.jvp of that gradient along
 all three (forward over reverse) without the gradient itself. `units` are matmul FLOPs in 2 N D V,
 from the jaxpr and its trip counts; the minimum is 1, 3 and 7. `rate` is the minimum FLOPs over the
 time, relative to a large matmul of the same dtype on this device. `temp` is the temporary memory of
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from kernels import score_weighted_loss
 from planner import flops, targets
 
-MINIMUM = {"value": 1, "gradient": 3, "product": 7}
+MINIMUM = {"value": 1, "gradient": 3, "hvp": 7}
 SIZES = {
   "cpu": ["512x256x4096", "1024x256x32000"],
   "accelerator": ["4096x1280x32000", "16384x1280x32000", "16384x1280x256000"],
@@ -102,17 +102,17 @@ def orders(backend):
   def gradient(targets, *point):
     return jax.grad(lambda *x: value(targets, *x)[0], (0, 1, 2))(*point)
 
-  def product(targets, *x):
+  def hvp(targets, *x):
     return jax.jvp(lambda *point: gradient(targets, *point), x[:3], x[3:])[1]
 
-  return {"value": value, "gradient": gradient, "product": product}
+  return {"value": value, "gradient": gradient, "hvp": hvp}
 
 
 def inputs(N, D, V, dtype, order):
   """The shapes of an order's arguments; the unembedding is a float32 parameter."""
   shape = jax.ShapeDtypeStruct
   point = [shape((N, D), dtype), shape((V, D), jnp.float32), shape((N,), jnp.float32)]
-  return shape((N,), jnp.int32), *point * (2 if order == "product" else 1)
+  return shape((N,), jnp.int32), *point * (2 if order == "hvp" else 1)
 
 
 def matmul_flops(target, function, *shapes) -> float:

@@ -32,7 +32,7 @@ from runtime import cli, cpu
 from runtime.cli import option
 
 # Part of jax.Device.device_kind -> name in targets.CHIPS.
-KINDS = {"v5 lite": "v5e", "v5p": "v5p", "v6 lite": "v6e", "H100": "h100", "H200": "h100"}
+KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "H100": "h100", "H200": "h100"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Settings:
   remat: tuple[str, ...] = option(("none",), "what is recomputed", choices=transformer.REMAT)
   members: tuple[int, ...] = option((1,), "inner models", at_least=1)
   attention_backend: tuple[str, ...] = option(
-    ("xla",), "kernels of attention", choices=transformer.ATTENTION
+    (), "kernels of attention; default: the fastest", choices=transformer.ATTENTION
   )
 
   model: str | None = option(
@@ -58,7 +58,9 @@ class Settings:
   batch: int = option(8, "sequences of an inner and of an outer batch", at_least=1)
   microbatches: int = option(1, "of a batch", at_least=1)
   dtype: str = option("float32", "of activations and matmul inputs")
-  loss_backend: str = option("xla", "kernels of the loss", choices=BACKENDS)
+  loss_backend: str | None = option(
+    None, "kernels of the loss; default: the fastest", choices=BACKENDS
+  )
   repeats: int = option(7, "timed meta-steps", at_least=1)
   profile: bool = option(False, "also list the device's kernels by time")
 
@@ -80,7 +82,7 @@ def main() -> None:
     f"B {s.batch}, {s.dtype}"
   )
   for T, members, remat, attention, mode in itertools.product(
-    s.T, s.members, s.remat, s.attention_backend, s.mode
+    s.T, s.members, s.remat, s.attention_backend or (None,), s.mode
   ):
     model, rater = (
       shape(s, size, remat=remat, attention_backend=attention) for size in (s.model, s.rater)
@@ -91,7 +93,7 @@ def main() -> None:
     rate = members * (least.total - least.kept) / low
     in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
     print(
-      f"T={T} N={members} {remat:8s} {attention:10s} {mode:13s} min {low:.4f} s"
+      f"T={T} N={members} {remat:8s} {attention or 'fastest':10s} {mode:13s} min {low:.4f} s"
       f"  median {statistics.median(measured.seconds):.4f} s  {rate / 1e12:.3g} TFLOP/s"
       + (f" ({rate / chip.flops:.1%} of bfloat16 peak)" if chip else "")
       + f"  arguments {memory.argument_size_in_bytes / 2**20:,.0f}"

@@ -60,7 +60,7 @@ class DataConfig:
   )
   outer_fraction: float = option(0.2, "share held out for the outer loss", at_least=0, below=1)
   validation_fraction: float = option(0.1, "share held out for the report", at_least=0, below=1)
-  seed: int = option(0, "seed of everything random, the splits included")
+  seed: int = option(0, "seed of everything random, the splits included", at_least=0)
   max_documents: int | None = option(None, "documents to read at most", at_least=1)
   max_bad_fraction: float = option(0.1, "largest allowed share of unusable records", at_least=0)
 

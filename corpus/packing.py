@@ -29,7 +29,7 @@ def _kept(count: Any, length: int) -> Any:
 def pieces(
   documents: list[tuple[Document, np.ndarray]], sources: dict[str, int], length: int, row: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The pieces that `cut` makes of documents: their tokens [N] in a row, and a PIECE for each."""
+  """The pieces that `cut` makes of documents: their tokens [N] joined, and a PIECE for each."""
   kept_D = _kept(np.array([len(tokens) for _, tokens in documents]), length)
   count_D = -(-kept_D // length)
   pieces_P = np.zeros(count_D.sum(), PIECE)
@@ -75,7 +75,7 @@ def pack(
 
 
 def _first_fit(lengths: list[int], sequence_length: int) -> np.ndarray:
-  """The row of each piece: the first with room. If none of WINDOW has, the next WINDOW begin."""
+  """The row of each piece: the first with room. If none of WINDOW rows has, WINDOW more begin."""
   rows, base = [], -WINDOW
   free, count, start = [-1] * WINDOW + [sequence_length], [], [0] * (sequence_length + 1)
   for length in lengths:

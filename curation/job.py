@@ -39,7 +39,7 @@ class Config:
   )
   batch_size: int = option(256, "B, the oversampled batch, real (top_k) or emulated", at_least=1)
   score_only: bool = option(False, "write scores and quantiles only; select nothing")
-  seed: int = option(0, "for the coins of pointwise and the permutation of top_k")
+  seed: int = option(0, "for the coins of pointwise and the permutation of top_k", at_least=0)
   format: str | None = option(
     None,
     "of the output; default: parquet if all inputs are, else jsonl",

@@ -21,6 +21,7 @@ from selection import PERPLEXITY, POLICIES
 from transformer import ATTENTION
 
 SIZES = tuple(transformer.PRESETS)
+VALIDATION = ("selection", "validation", "validation_noisy")  # sets of the validation split
 _AS_RATER = "as in train.py; default the rater's"
 
 
@@ -42,7 +43,9 @@ class Config:
   sweep_discard: tuple[float, ...] = option(
     (), "rhos to try with the smallest model; the best replaces --discard", at_least=0, below=1
   )
-  seeds: tuple[int, ...] = option((0, 1, 2), "seeds of parameters and order, for every policy")
+  seeds: tuple[int, ...] = option(
+    (0, 1, 2), "seeds of parameters and order, for every policy", at_least=0
+  )
   scorer: str | None = option(
     None, "size of the perplexity scorer; default the smallest of --models", choices=SIZES
   )
@@ -71,8 +74,11 @@ class Config:
   def __post_init__(self):
     check(bool(self.rater), "name the folder of a trained rater with --rater")
     check_fields(self)
-    names = [Path(name).name for name in self.eval_data]
-    check(len(set(names)) == len(names), f"--eval_data has two sets of one name: {names}")
+    names = [*VALIDATION, *(Path(name).name for name in self.eval_data)]
+    check(
+      len(set(names)) == len(names),
+      f"--eval_data: two sets have one name, or that of a validation set: {', '.join(names)}",
+    )
     for name in ("models", "policies", "seeds"):
       check(len(getattr(self, name)) > 0, f"--{name} is empty")
     check("none" in self.policies, "--policies lacks none, the baseline of every comparison")

@@ -149,8 +149,11 @@ def init(model: transformer.LanguageModel, recipe: Recipe, seed: int) -> LMState
 
 
 def trained(folder: Path, model: transformer.LanguageModel, recipe: Recipe) -> Any:
-  """The parameters of the last checkpoint."""
-  return Checkpoints(folder).restore_latest(init(model, recipe, 0)).params
+  """The parameters at the end of `pretrain`."""
+  state = Checkpoints(folder).restore_latest(init(model, recipe, 0))
+  done = int(state.step) == recipe.steps
+  check(done, f"{folder} has no finished model any more: delete it, and it is trained again")
+  return state.params
 
 
 def adam(recipe: Recipe) -> optax.GradientTransformation:

@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 def open_inputs(config: Config, cache_dir: Path) -> Inputs:
   settings = plan.rater_settings(config)
   corpus = load_corpus(settings, cache_dir)
-  texts = {"selection": [], "validation": [], "validation_noisy": []}
+  texts = {name: [] for name in plan.VALIDATION}
   for document in corpus.validation_documents():
     half = "validation" if split_of(document.text, corpus.config)[1] & 1 else "selection"
     name = f"{half}_noisy" if document.noise > 0 else half

@@ -39,7 +39,9 @@ def kind(backend: str) -> str | None:
   target = _target.value
   if target is not None:
     return target if target.startswith("TPU") == (platform == "tpu") else None
-  return jax.devices()[0].device_kind if jax.default_backend() == platform else None
+  here = jax.config.jax_default_device or jax.devices()[0]
+  here = jax.devices(here)[0] if isinstance(here, str) else here
+  return here.device_kind if here.platform == platform else None
 
 
 def is_hopper() -> bool:

@@ -33,7 +33,7 @@ def keep(cache_dir: str | os.PathLike) -> None:
 
 def _delete_unfinished(folder: Path) -> None:
   """Deletes programs that a killed process left half written, which JAX would try to read at every
-  start. It writes the time of use after the program."""
+  start. JAX writes a program's -atime file after it."""
   with filelock.FileLock(folder / ".lockfile", timeout=10):  # the lock of JAX
     for path in folder.glob("*-cache"):
       if not path.with_name(path.name.removesuffix("cache") + "atime").exists():

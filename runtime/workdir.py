@@ -12,7 +12,7 @@ from runtime.cli import check, user_error
 from runtime.files import UNFINISHED, write_text
 
 State = TypeVar("State", bound=NamedTuple)
-FORMAT = 2  # of a run's checkpoints; raise it when a state changes its fields
+FORMAT = 3  # of a run's checkpoints; raise it when a state changes its fields or shapes
 
 
 def open_workdir(workdir: Path, config: Any, corpus: str, flag: str = "workdir") -> None:

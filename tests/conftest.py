@@ -27,7 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 @pytest.fixture
 def quick_compile():
-  """Machine code that LLVM has not optimised: compiled in a third of the time, run once."""
+  """Machine code that LLVM has not optimized: compiled in a third of the time, run once."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
@@ -131,7 +131,7 @@ def compile_once(cache):
 
 @pytest.fixture(scope="session")
 def corpus(once):
-  """A JSONL of one's own: two sources, half of the documents noisy at a known level."""
+  """A JSONL of your own: two sources, half of the documents noisy at a known level."""
   rng = np.random.default_rng(0)
   words = "the rater scores each text and the inner models learn from what it likes best".split()
 
@@ -149,6 +149,6 @@ def corpus(once):
 
 @pytest.fixture(scope="session")
 def small_rater(corpus, cache, once):
-  """The workdir of a rater of one's own corpus, trained for four meta-steps."""
+  """The workdir of a rater of that corpus, trained for four meta-steps."""
   flags = [f"--data={corpus}", f"--cache_dir={cache}", "--meta_steps=4", *jobs.SMALL]
   return once("rater", lambda path: jobs.succeed("train.py", cache, f"--workdir={path}", *flags))

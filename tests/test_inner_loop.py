@@ -568,3 +568,13 @@ def test_unknown_mode_is_named_with_the_known_ones(unroll):
   state = inner_loop.init(optimizer, params)
   with pytest.raises(ValueError, match=f"'forward'.*{', '.join(inner_loop.MODES)}"):
     unroll(loss, optimizer, state, metas, batches, mode="forward")
+
+
+@pytest.mark.parametrize("mode", inner_loop.MODES)
+@pytest.mark.parametrize("unroll", [inner_loop.unroll, window])
+def test_metas_and_batches_of_unequal_length_are_refused(unroll, mode):
+  loss, params, metas, batches = _weighted_regression()
+  optimizer = optax.sgd(0.1)
+  state, fewer = inner_loop.init(optimizer, params), jax.tree.map(lambda x: x[:-1], batches)
+  with pytest.raises(ValueError, match="leading axes|leading axis"):
+    unroll(loss, optimizer, state, metas, fewer, mode=mode)

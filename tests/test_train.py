@@ -16,6 +16,7 @@ from chex import assert_trees_all_equal
 from jobs import SMALL, assert_one_line_error, wait_until
 
 import rating
+from runtime import cli
 from runtime.workdir import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -158,6 +159,7 @@ def final_state(workdir):
     (["--members_per_step=3"], "must be at most --n_models=2"),
     (["--lifetime=1"], "shorter than one window of --inner_steps=2"),
     (["--mode=sideways"], "choose one of mixed"),
+    (["--seed=-1"], "--seed=-1 must be at least 0"),
     (["--model=huge"], "choose one of nano"),
     (["--loss_backend=cuda"], "choose one of reference"),
     (["--mode=reverse", "--attention_backend=pallas_gpu"], "use --attention_backend=xla"),
@@ -186,13 +188,14 @@ def test_a_workdir_of_another_configuration_is_refused_untouched(finished, run):
   assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
 
 
-def test_a_workdir_of_an_earlier_version_is_refused_but_its_rater_is_read(finished, run, tmp_path):
+def test_a_workdir_of_an_earlier_version_is_refused(finished, run, tmp_path):
   workdir = shutil.copytree(finished[0], tmp_path / "earlier")
   saved = json.loads((workdir / "config.json").read_text())
   del saved["format"]
   (workdir / "config.json").write_text(json.dumps(saved))
   assert_one_line_error(run(workdir, "--meta_steps=12"), "holds a run of an earlier version")
-  assert rating.open_rater(workdir).fingerprint == rating.open_rater(finished[0]).fingerprint
+  with pytest.raises(cli.UserError, match="holds a rater of an earlier version.*train it again"):
+    rating.open_rater(workdir)
 
 
 def test_a_text_that_is_not_in_a_list_is_refused(finished):

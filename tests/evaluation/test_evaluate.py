@@ -166,6 +166,8 @@ def test_dry_run_prints_the_plan_with_its_flops(flags, cache, small_rater):
     (["--discard=1"], "--discard=1.0 must be below 1"),
     (["--sweep_discard=0.5,x"], "is not a list of numbers"),
     (["--eval_data=absent.jsonl"], "absent.jsonl does not exist"),
+    (["--eval_data=c4/validation"], "two sets have one name, or that of a validation set"),
+    (["--seeds=-1"], "--seeds=-1 must be at least 0"),
     (["--benchmarks=piqa=absent.jsonl"], "absent.jsonl"),
     (["--benchmarks=chess=absent.jsonl"], "unknown task 'chess'"),
     (["--learning_rate=1e30", "--policies=none", "--sweep_discard="], "diverged before step"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -14,6 +15,7 @@ from chex import assert_trees_all_close, assert_trees_all_equal
 
 import transformer
 from evaluation import pretrain
+from runtime import cli
 from transformer import Batch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -107,6 +109,10 @@ def test_it_learns_and_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
     *[pretrain.trained(tmp_path / name, MODEL, RECIPE) for name in ("whole", "cut")]
   )
   nll = [json.loads(line)["nll"]["probe"] for line in curves[0].splitlines()]
+  for path in (tmp_path / "cut" / "checkpoints").iterdir():
+    shutil.rmtree(path)
+  with pytest.raises(cli.UserError, match="no finished model any more: delete it"):
+    pretrain.trained(tmp_path / "cut", MODEL, RECIPE)
   assert len(nll) == 4 and nll[-1] < 0.6 * np.log(17) and nll[-1] < nll[0]
 
 

@@ -495,7 +495,7 @@ def test_matmul_units(order, minimum):
     shapes = loss.inputs(n, d, v, "bfloat16", order)
     with device.compile_for("TPU v5 lite" if backend == "pallas_tpu" else "NVIDIA H100"):
       units = loss.matmul_flops(None, loss.orders(backend)[order], *shapes) / (2 * n * d * v)
-    more = {"value": 0, "gradient": 1, "product": 3}[order] if backend in PALLAS else 0
+    more = {"value": 0, "gradient": 1, "hvp": 3}[order] if backend in PALLAS else 0
     assert units == pytest.approx(minimum + more, rel=1e-2), backend
 
 

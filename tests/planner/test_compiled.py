@@ -29,7 +29,7 @@ from planner import plan, targets
 
 N, D = 16384, 1280  # 8 sequences of 2,048 tokens in a 400M model
 VOCABULARIES = {32_000: 10, 256_000: 50}  # V -> how many times less temporary memory than dense
-UNITS = {"value": 1, "gradient": 4, "product": 10}
+UNITS = {"value": 1, "gradient": 4, "hvp": 10}
 
 has = importlib.util.find_spec
 missing = {name: not has("libtpu") for name in targets.NAMES}
@@ -97,10 +97,10 @@ def test_odd_sizes_compile(target, dtype):
 @pytest.mark.parametrize("target", TARGETS)
 def test_float32_compiles_at_full_size(target):
   """Twice the bytes in every block, and matmuls of several passes."""
-  _compile(target, _backend(target), "product", 32_000, "float32")
+  _compile(target, _backend(target), "hvp", 32_000, "float32")
 
 
-@pytest.mark.parametrize("order", ["value", "gradient", "product"])
+@pytest.mark.parametrize("order", ["value", "gradient", "hvp"])
 @pytest.mark.parametrize("K", [64, 128])
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_compiles_and_holds_no_scores(target, K, order):
@@ -116,8 +116,8 @@ def test_attention_compiles_and_holds_no_scores(target, K, order):
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_in_float32_and_at_odd_sizes_compiles(target):
   for S, K, dtype in ((300, 32, "float32"), (77, 40, "bfloat16")):
-    shapes = attention.inputs(2, S, 2, K, dtype, "product")
-    targets.compile_for(target, attention.orders(_backend(target))["product"], *shapes)
+    shapes = attention.inputs(2, S, 2, K, dtype, "hvp")
+    targets.compile_for(target, attention.orders(_backend(target))["hvp"], *shapes)
 
 
 @pytest.mark.skipif(missing["v5e"], reason=reason)
