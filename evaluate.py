@@ -78,18 +78,20 @@ def evaluate(config: Config, workdir: Path, cache_dir: Path, jobs: int = 1) -> N
   hosts.leader_first(lambda: open_workdir(workdir, config, fingerprint))
   hosts.say(inputs.corpus.summary())
   hosts.say(plan_text(config))
-  workers = Workers((config, workdir, cache_dir), jobs)
+  arguments = config, workdir, cache_dir
+  workers = Workers(arguments, jobs)
   if "datarater" in config.policies or config.sweep_discard:
-    workers.do("rating the sequences to be drawn", rate, ["datarater"])
-  discard = config.discard
-  if config.sweep_discard:
-    sweep = sweep_runs(config)
-    workers.do("sweeping the discard fraction", train_run, sweep)
+    rate("datarater", *arguments)  # with all cores
+  sweep, discard = sweep_runs(config), config.discard
+  perplexity = set(config.policies) & set(selection.PERPLEXITY)
+  first = ([scorer_run(config)] if perplexity else []) + sweep
+  if first:
+    workers.do("training the sweep and the perplexity scorer", train_run, first)
+  if sweep:
     discard = compare.best_discard(workdir, sweep)
     hosts.say(f"discard fraction with the lowest NLL on `selection`: {discard:g}")
-  if set(config.policies) & set(selection.PERPLEXITY):
-    workers.do("training the perplexity scorer", train_run, [scorer_run(config)])
-    workers.do("its perplexities", rate, ["perplexity"])
+  if perplexity:
+    rate("perplexity", *arguments)
   workers.do("training", train_run, main_runs(config, discard))
   workers.close()
   if hosts.is_leader():

@@ -92,7 +92,7 @@ def rate(kind: str, config: Config, workdir: Path, cache_dir: Path, progress: bo
     score = pretrain.sequence_nll(model, params)
   rows = _rows_drawn(config, len(split.tokens), kind)
   values = np.full(len(split.tokens), np.nan, np.float32)
-  shown = kind if progress and hosts.is_leader() else None
+  shown = f"{kind} scores" if progress and hosts.is_leader() else None
   values[rows] = score_sequences(score, split, rows, progress=shown)
   check(np.isfinite(values[rows]).all(), f"some {kind} scores are not finite: train it again")
   if hosts.is_leader():

@@ -11,8 +11,10 @@ favor of the rival. The rater is nano, trained for 400 meta-steps with a lifetim
 """
 
 import argparse
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -80,10 +82,13 @@ def rewrite(path: Path, text: str) -> None:
 
 
 def stage(title: str, *commands: list[str]) -> None:
-  """Runs commands at the same time; exits if one fails."""
+  """Runs commands at the same time, several on a core each; exits if one fails."""
   print(f"== {title}", flush=True)
   began = time.monotonic()
   running = [subprocess.Popen([sys.executable, *c], cwd=ROOT) for c in commands]
+  if len(running) > 1 and hasattr(os, "sched_setaffinity"):
+    for process, core in zip(running, itertools.cycle(sorted(os.sched_getaffinity(0)))):
+      os.sched_setaffinity(process.pid, {core})
   codes = [process.wait() for process in running]
   if any(codes):
     sys.exit(f"{title}: failed; run the same command again to resume")
