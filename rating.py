@@ -100,11 +100,15 @@ def rater_config(workdir: str | os.PathLike) -> Config:
 
 
 def score_texts(
-  score: Score, texts: list[str], tokenizer: Tokenizer, sequence_length: int
+  score: Score,
+  texts: list[str],
+  tokenizer: Tokenizer,
+  sequence_length: int,
+  lengths: list[int] | None = None,
 ) -> tuple[np.ndarray, int]:
-  """(scores [n] float32, the number of tokens scored)."""
+  """(scores [n] float32, the number of tokens scored). For `lengths` see `make_rows`."""
   counts = []
-  rows = make_rows(texts, tokenizer, sequence_length)
+  rows = make_rows(texts, tokenizer, sequence_length, lengths)
   scores = score_rows(score, rows, len(texts), lambda part: counts.append(int(part.tokens.sum())))
   return scores, sum(counts)
 
@@ -117,10 +121,18 @@ class Rows(NamedTuple):
   tokens: np.ndarray  # [B] int32: tokens of the piece
 
 
-def make_rows(texts: list[str], tokenizer: Tokenizer, sequence_length: int) -> Iterator[Rows]:
+def make_rows(
+  texts: list[str],
+  tokenizer: Tokenizer,
+  sequence_length: int,
+  lengths: list[int] | None = None,
+) -> Iterator[Rows]:
   """Yields all pieces of the texts in batches, each as soon as it is full. Pieces of one length
-  keep the order of the texts."""
-  buckets = {length: [] for length in piece_lengths(sequence_length)}
+  keep the order of the texts.
+
+  lengths: what pieces are padded to, ascending to S; default `piece_lengths`.
+  """
+  buckets = {length: [] for length in lengths or piece_lengths(sequence_length)}
   for start in range(0, len(texts), 8):  # few at a time: their tokens take memory
     for index, tokens in enumerate(tokenizer.encode(texts[start : start + 8]), start):
       for piece in cut(tokens, sequence_length):

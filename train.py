@@ -92,9 +92,9 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
     path = workdir / "scores" / f"{step}.npy"
     if hosts.as_leader(not path.exists()):
       texts = [document.text for document in documents]
-      scores, _ = score_texts(
-        partial(score, state.eta), texts, corpus.tokenizer, config.sequence_length
-      )
+      S = config.sequence_length
+      # One length: to compile a program for each would take longer than to score its padding.
+      scores, _ = score_texts(partial(score, state.eta), texts, corpus.tokenizer, S, [S])
       if hosts.is_leader():
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda file: np.save(file, scores))
