@@ -11,6 +11,7 @@ import inner_loop
 import meta_step
 import transformer
 from corpus.documents import DataConfig
+from kernels import attention, loss
 from kernels.loss import BACKENDS
 from runtime import devices
 from runtime.cli import check, option
@@ -99,6 +100,14 @@ class Config(DataConfig):
     """Of (loss, attention); None: the fastest. Pallas has no reverse mode over reverse mode."""
     default = "xla" if self.mode == "reverse" else None
     return self.loss_backend or default, self.attention_backend or default
+
+  def backends_here(self, vocab_size: int) -> tuple[str, str]:
+    """The same, where None is what this device takes."""
+    of_loss, of_attention = self.backends
+    return (
+      of_loss or loss.fastest(vocab_size, self.dtype),
+      of_attention or attention.fastest(self.dtype),
+    )
 
   @property
   def drawn_members(self) -> int:

@@ -26,7 +26,6 @@ import config as settings
 import meta_step
 from config import Config
 from corpus.batches import Split, batch_iterator, load_corpus
-from kernels import attention, loss
 from rating import score_texts
 from runtime import cli, cpu, hosts, programs, sharding
 from runtime.cli import check, option
@@ -187,9 +186,7 @@ def write_metrics(file: Metrics, last_step: int, metrics: dict[str, Any], bar: t
 def describe(
   config: Config, state: meta_step.MetaState, mesh: jax.sharding.Mesh, vocab_size: int
 ) -> str:
-  device, (of_loss, of_attention) = jax.devices()[0], config.backends
-  of_loss = of_loss or loss.fastest(vocab_size, config.dtype)
-  of_attention = of_attention or attention.fastest(config.dtype)
+  device, (of_loss, of_attention) = jax.devices()[0], config.backends_here(vocab_size)
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   spread = f" ({axes}; {jax.process_count()} hosts)" if mesh.size > 1 else ""
   inner = parameter_count(state.members.inner.params) // config.n_models

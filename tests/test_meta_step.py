@@ -168,7 +168,7 @@ def test_datarater_problem_descends_the_outer_loss_of_its_language_model(x64):
       state = inner_loop.InnerState(optax.apply_updates(state.params, updates), opt_state)
     return model.loss(state.params, jnp.ones(B), outer)[0] / B
 
-  g, h = gradient(eta), 1e-5
+  g, h = gradient(eta), 1e-7  # AdamW bends sharply at the start
   norm = optax.tree.norm(g)
   moved = lambda h: outer_loss(jax.tree.map(lambda e, d: e + h * d / norm, eta, g))
   assert_close((moved(h) - moved(-h)) / (2 * h), norm, 1e-6)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jobs
 import numpy as np
+import optax
 import pytest
 from conftest import assert_close
 from hypothesis import given, settings
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 import inner_loop
-import meta_step
 import transformer
 from benchmarks import loss
 from kernels import device, pallas, score_weighted_loss
@@ -516,7 +516,7 @@ def test_meta_gradient_through_two_inner_steps(backend, no_effects):
   tokens = jax.random.randint(jax.random.key(0), (3, 2, 12), 0, 50)
   batches = transformer.Batch(tokens, jnp.ones_like(tokens))
   inner, outer = (jax.tree.map(lambda x, i=i: x[i], batches) for i in (slice(0, 2), 2))
-  optimizer = meta_step.inner_adamw()
+  optimizer = optax.sgd(0.1)  # AdamW would enlarge differences of rounding
 
   def meta_gradient(backend):
     model = transformer.language_model(config, backend)
@@ -530,4 +530,4 @@ def test_meta_gradient_through_two_inner_steps(backend, no_effects):
 
   expected = meta_gradient("xla")
   assert np.abs(expected).max() > 0
-  assert_close(meta_gradient(backend), expected, 1e-4)
+  assert_close(meta_gradient(backend), expected, 1e-5)
