@@ -13,10 +13,10 @@ reproduce: setup  ## the paper's three steps, RESULTS.md and figures: about an h
 	$(BIN)/python -m experiments.reproduce
 
 # A file of tests runs in one process, so that its fixtures are made once.
-test: setup lint  ## under 8 minutes on 2 cores
+test: setup lint  ## about 12 minutes on 2 cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-slow: setup  ## kill -9, two hosts, benchmark files from a package: about 10 minutes
+test-slow: setup  ## kill -9, two hosts, benchmark files from a package: about 7 minutes
 	$(BIN)/python -m pytest -m slow
 
 # Compilers for TPUs and an H100 beside JAX disturb ordinary runs on CPU: an environment of their own.
