@@ -18,10 +18,11 @@ from transformer import Batch, Transformer, TransformerConfig
 
 
 class Rater(NamedTuple):
-  """phi_eta as two pure functions."""
+  """phi_eta as pure functions."""
 
   init: Callable[[chex.PRNGKey], Any]  # key -> eta
   score: Callable[[Any, Batch], jax.Array]  # (eta, batch [B, S]) -> scores [B] float32
+  head: Callable[[Any], jax.Array]  # eta -> its head [D]; zero before training, so all scores are 0
 
 
 def rater(config: TransformerConfig) -> Rater:
@@ -41,6 +42,7 @@ def rater(config: TransformerConfig) -> Rater:
   return Rater(
     init=lambda key: transformed.init(key, *[jnp.ones((1, 2), jnp.int32)] * 2),
     score=lambda eta, batch: transformed.apply(eta, *batch),
+    head=lambda eta: eta["~"]["score_head"],
   )
 
 

@@ -90,10 +90,11 @@ def train(config: Config, workdir: Path, cache_dir: Path, mesh: jax.sharding.Mes
     """Scores the validation documents."""
     path = workdir / "scores" / f"{step}.npy"
     if hosts.as_leader(not path.exists()):
-      texts = [document.text for document in documents]
-      S = config.sequence_length
-      # One length: to compile a program for each would take longer than to score its padding.
-      scores, _ = score_texts(partial(score, state.eta), texts, corpus.tokenizer, S, [S])
+      texts, S = [document.text for document in documents], config.sequence_length
+      scores = np.zeros(len(texts), np.float32)
+      if np.any(program.rater.head(state.eta)):
+        # One length: to compile a program for each would take longer than to score its padding.
+        scores, _ = score_texts(partial(score, state.eta), texts, corpus.tokenizer, S, [S])
       if hosts.is_leader():
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda file: np.save(file, scores))

@@ -75,30 +75,39 @@ def main() -> None:
       outer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
       x = state, jax.ShapeDtypeStruct((T, s.batch), "float32"), batch, outer
       run = lambda *x, replay=replay: gradient(*x, replay)
-      try:
-        if s.target:
-          compiled, _ = targets.compile_for(s.target, run, *x)
-        else:
-          compiled = jax.jit(run).lower(*x).compile()
-      except jax.errors.JaxRuntimeError as error:  # does not fit: continue with the table
-        if "RESOURCE_EXHAUSTED" not in str(error):
-          raise
-        print(f"{T:6}{replay:8}  does not fit in memory", flush=True)
-        continue
-      programs[replay] = compiled, x
-    seconds = {k: fastest(*program, s.repeats) for k, program in programs.items() if s.repeats}
+      programs[replay] = if_it_fits(lambda run=run, x=x: compiled_for(s.target, run, x)), x
+    seconds = {}
+    for replay, (compiled, x) in programs.items():
+      if compiled and s.repeats:
+        seconds[replay] = if_it_fits(lambda c=compiled, x=x: fastest(c, x, s.repeats))
     for replay, (compiled, _) in programs.items():
-      temp, plan = compiled.memory_analysis().temp_size_in_bytes, mixflow.plan(T, replay=replay)
+      temp = compiled.memory_analysis().temp_size_in_bytes if compiled else float("nan")
+      plan = mixflow.plan(T, replay=replay)
       print(
         f"{T:6}{replay:8}{plan.saved():8}{temp / size:10.1f}{temp / 1e9:14.3f}"
-        f"{seconds.get(replay, ''):>8.3}  {plan.first} + {' x '.join(map(str, plan.loops))}"
+        f"{seconds.get(replay) or '':>8.3}  {plan.first} + {' x '.join(map(str, plan.loops))}"
         f" x {plan.length}",
         flush=True,
       )
 
 
+def compiled_for(target: str | None, function, shapes) -> jax.stages.Compiled:
+  if target:
+    return targets.compile_for(target, function, *shapes)[0]
+  return jax.jit(function).lower(*shapes).compile()
+
+
+def if_it_fits(function):
+  """function(); None where it does not fit in memory."""
+  try:
+    return function()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+
+
 def fastest(compiled, shapes, repeats: int) -> float:
-  """Seconds, on random numbers; nan where it does not fit in memory."""
+  """Seconds, on random numbers."""
   key = jax.random.key(0)
   draw = {
     "int32": lambda x: jax.random.randint(key, x.shape, 1, 2),
@@ -106,12 +115,7 @@ def fastest(compiled, shapes, repeats: int) -> float:
     "float32": lambda x: jax.random.normal(key, x.shape) / 50,
   }
   x = jax.tree.map(lambda x: draw[str(x.dtype)](x), shapes)
-  try:
-    return timed(lambda: jax.block_until_ready(compiled(*x)), repeats)[0]
-  except jax.errors.JaxRuntimeError as error:  # does not fit: continue with the table
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    return float("nan")
+  return timed(lambda: jax.block_until_ready(compiled(*x)), repeats)[0]
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def _batch(seed=0):
 
 
 def test_scores_start_at_zero_and_weights_uniform(rater):
-  fresh, _, score = rater
+  fresh, trained, score = rater
+  head = datarater.rater(CONFIG).head
+  assert not head(fresh).any() and head(trained).all()
   scores = score(fresh, _batch())
   assert scores.dtype == jnp.float32 and scores.tolist() == [0] * B
   assert datarater.batch_weights(scores).tolist() == [1 / B] * B

@@ -32,7 +32,8 @@ def test_the_default_device_counts():
 
 
 def test_on_a_cpu_xla_is_the_default():
-  assert attention.fastest("float32") == loss.fastest(256_000, "float32") == "xla"
+  assert attention.fastest("bfloat16") == loss.fastest(256_000, "bfloat16") == "xla"
+  assert config.Config().backends_here(256_000) == ("xla", "xla")
 
 
 @pytest.mark.parametrize("kind, kernel", [("NVIDIA H200", True), ("cpu", False)])
