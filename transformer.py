@@ -138,44 +138,44 @@ ATTENTION = ("xla", *attention_kernels.BACKENDS)
 def attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, config: TransformerConfig, causal: bool):
   """softmax(q k^T / sqrt(K)) v within each document: [B, S, H, K]."""
   q_BSHK = q_BSHK * q_BSHK.shape[-1] ** -0.5
+  heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BSHK, v_BSHK)]
   backend = config.attention_backend or attention_kernels.fastest(q_BSHK.dtype)
   if backend == "xla":
-    return blockwise_attention(
-      q_BSHK, k_BSHK, v_BSHK, segments_BS, causal=causal, query_block=config.query_block
-    )
-  kernel = partial(attention_kernels.attention, causal=causal, backend=backend)
-  heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BSHK, k_BSHK, v_BSHK)]
-  return jnp.swapaxes(sharding.by_sequence(kernel)(*heads_first, segments_BS), 1, 2)
+    kernel = partial(blockwise_attention, causal=causal, query_block=config.query_block)
+  else:
+    kernel = partial(attention_kernels.attention, causal=causal, backend=backend)
+    kernel = sharding.by_sequence(kernel)
+  return jnp.swapaxes(kernel(*heads_first, segments_BS), 1, 2)
 
 
-def blockwise_attention(q_BSHK, k_BSHK, v_BSHK, segments_BS, *, causal: bool, query_block: int):
-  """softmax(q k^T) v within each document: [B, S, H, K], q scaled already.
+def blockwise_attention(q_BHSK, k_BHSK, v_BHSK, segments_BS, *, causal: bool, query_block: int):
+  """softmax(q k^T) v within each document: [B, H, S, K], q scaled already.
 
   Works on one block of queries at a time, rematerialized, so beyond one block no [B, H, S, S]
   array exists at any order of differentiation. A causal block reads no key after its last query.
   """
-  S = q_BSHK.shape[1]
+  S = q_BHSK.shape[2]
 
   def attend(q, k, v, q_segments, k_segments, first_query):
-    scores_BHQS = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=_wide(q))
+    scores_BHQS = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=_wide(q))
     visible_BQS = q_segments[:, :, None] == k_segments[:, None, :]
     if causal:
-      query = first_query + jnp.arange(q.shape[1])
-      visible_BQS &= query[:, None] >= jnp.arange(k.shape[1])[None, :]
+      query = first_query + jnp.arange(q.shape[2])
+      visible_BQS &= query[:, None] >= jnp.arange(k.shape[2])[None, :]
     scores_BHQS = jnp.where(visible_BQS[:, None], scores_BHQS, -1e30)
     weights = jax.nn.softmax(scores_BHQS, -1).astype(v.dtype)
-    return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+    return jnp.einsum("bhqs,bhsk->bhqk", weights, v)
 
   if S <= query_block:
-    return attend(q_BSHK, k_BSHK, v_BSHK, segments_BS, segments_BS, 0)
+    return attend(q_BHSK, k_BHSK, v_BHSK, segments_BS, segments_BS, 0)
   attend = jax.checkpoint(attend, static_argnums=(5,))
   blocks = []
   for start in range(0, S, query_block):
     stop = min(start + query_block, S)
-    q, q_segments = (x[:, start:stop] for x in (q_BSHK, segments_BS))
-    k, v, k_segments = (x[:, : stop if causal else S] for x in (k_BSHK, v_BSHK, segments_BS))
-    blocks.append(attend(q, k, v, q_segments, k_segments, start))
-  return jnp.concatenate(blocks, axis=1)
+    seen = stop if causal else S
+    q, k, v = q_BHSK[:, :, start:stop], k_BHSK[:, :, :seen], v_BHSK[:, :, :seen]
+    blocks.append(attend(q, k, v, segments_BS[:, start:stop], segments_BS[:, :seen], start))
+  return jnp.concatenate(blocks, axis=2)
 
 
 def linear(x, output_size: int, name: str, init_scale: float = 1.0):
